@@ -1,0 +1,9 @@
+"""Everything periodic: checkpoints, metrics, progress, pictures, judgements, reports.
+
+They speak to any module by its interface.
+"""
+
+from emu_lightning.callbacks.preference import PreferenceEvaluation
+from emu_lightning.callbacks.samples import SampleGrid
+
+__all__ = ["PreferenceEvaluation", "SampleGrid"]

@@ -1,0 +1,138 @@
+"""The stop that quality-tuning is chosen by: preference over the frozen start, never the loss."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from emu_lightning.callbacks.samples import picture_grid
+from emu_lightning.evaluation.comparison import compare
+from emu_lightning.evaluation.generation import generate_folder, generate_pictures, write_png
+from emu_lightning.evaluation.prompts import read_lines
+from emu_lightning.evaluation.scorers import Scorer
+
+
+class PreferenceEvaluation(Callback):
+    """Judges the tuned model against its frozen start, and chooses the iteration to keep.
+
+    At step 0 and every ``every_n_train_steps`` it generates pictures of ``prompts`` at fixed seeds, lets
+    ``scorer`` judge them against the start's, logs ``tune/appeal_win_rate``, ``tune/appeal_win_minus_lose`` and
+    ``tune/faithfulness_win_minus_lose``, appends to ``<run>/preference.jsonl``, and draws start above tuned
+    into ``<run>/samples``. The best iteration so far is the one with the highest appeal win minus lose among
+    those whose faithfulness win minus lose is at least ``-max_faithfulness_loss``; its generator is written to
+    ``<run>/chosen`` with the reason in ``chosen.json``. Training stops after ``patience`` evaluations without
+    a better one. The rule is a choice: the paper says that people chose, not how.
+
+    Args:
+        scorer: judges appeal and faithfulness.
+        prompts: file of prompts, one a line. Not those the final evaluation reports on.
+        every_n_train_steps: optimizer steps between evaluations.
+        patience: evaluations without improvement before training stops.
+        max_faithfulness_loss: how much faithfulness may fall, as a share of prompts in [0, 1].
+        first_seed: prompt i has seed ``first_seed + i``.
+        batch_size: pictures generated at once.
+        num_shown: pairs in a side-by-side grid.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        prompts: str,
+        every_n_train_steps: int = 50,
+        patience: int = 3,
+        max_faithfulness_loss: float = 0.03,
+        first_seed: int = 10_000,
+        batch_size: int = 64,
+        num_shown: int = 16,
+    ) -> None:
+        if every_n_train_steps < 1 or patience < 1:
+            raise ValueError("every_n_train_steps and patience of PreferenceEvaluation must be at least 1")
+        self.scorer, self.prompts = scorer, list(read_lines(prompts).prompts)
+        self.every_n_train_steps, self.patience = every_n_train_steps, patience
+        self.max_faithfulness_loss, self.batch_size = max_faithfulness_loss, batch_size
+        self.num_shown = num_shown
+        self.seeds = list(range(first_seed, first_seed + len(self.prompts)))
+        self.history: list[dict[str, float]] = []
+        self._start: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The start's pictures come from its own weights, so that a resumed run has the same ones."""
+        folder = Path(trainer.default_root_dir) / "samples" / "start"
+        settings = {"init_from": str(pl_module.init_from)}
+        self._start = generate_folder(
+            pl_module.load_start(),  # type: ignore[operator]
+            self.prompts,
+            self.seeds,
+            folder,
+            settings=settings,
+            batch_size=self.batch_size,
+            description="pictures of the start",
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        done = self.history and self.history[-1]["step"] == step
+        if step % self.every_n_train_steps or done:
+            return
+        tuned = generate_pictures(
+            pl_module,  # type: ignore[arg-type]
+            self.prompts,
+            self.seeds,
+            batch_size=self.batch_size,
+            description=f"pictures after {step} steps",
+        )
+        result = compare(self.scorer, self._start, tuned, self.prompts)
+        judged = {
+            "step": step,
+            "appeal_win_rate": result.appeal.win_rate,
+            "appeal_win_minus_lose": result.appeal.win_minus_lose,
+            "faithfulness_win_minus_lose": result.faithfulness.win_minus_lose,
+            "faithfulness": float(result.tuned_faithfulness.mean()),
+            "appeal": float(result.tuned_appeal.mean()),
+        }
+        self.history.append(judged)
+        pl_module.log_dict({f"tune/{name}": value for name, value in judged.items() if name != "step"})
+        if trainer.is_global_zero:
+            self._record(trainer, pl_module, tuned)
+        best = self._best()
+        since = sum(entry["step"] > best["step"] for entry in self.history) if best else len(self.history)
+        if since >= self.patience:
+            trainer.should_stop = True
+
+    def _best(self) -> dict[str, float] | None:
+        """The entry to keep, by the rule above; None while every one lost too much faithfulness."""
+        faithful = [e for e in self.history if e["faithfulness_win_minus_lose"] >= -self.max_faithfulness_loss]
+        return max(faithful, key=lambda entry: entry["appeal_win_minus_lose"], default=None)
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule, tuned: Any) -> None:
+        run = Path(trainer.default_root_dir)
+        step = trainer.global_step
+        pairs = np.concatenate([self._start[: self.num_shown], tuned[: self.num_shown]])
+        write_png(run / "samples" / f"step-{step:06d}.png", picture_grid(pairs, self.num_shown))
+        _write(run / "preference.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+        if self._best() is self.history[-1]:
+            pl_module.generator.save_pretrained(run / "chosen")  # type: ignore[union-attr,operator]
+            reason = (
+                "highest appeal win minus lose so far, faithfulness win minus lose not below "
+                f"{-self.max_faithfulness_loss}"
+            )
+            _write(run / "chosen.json", json.dumps({**self.history[-1], "reason": reason}, indent=1) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = list(state_dict["history"])
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)

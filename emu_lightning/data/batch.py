@@ -1,0 +1,76 @@
+"""What data gives to modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Captioned pictures of one step on one rank, as images or as cached latents.
+
+    Not frozen: Lightning moves the tensors of a dataclass to the device by assigning its fields.
+
+    Attributes:
+        images: (B, 3, H, W) float in [-1, 1], or None when `latents` are given.
+        latents: (B, C, h, w) normalised latents, or None when `images` are given.
+        texts: B captions.
+        original_size: (B, 2) int64, height and width in pixels before resizing.
+        crop: (B, 2) int64, top and left of the crop in the resized picture, in pixels.
+        target_size: (B, 2) int64, height and width in pixels of what is learned.
+        uids: B names, unique within the source.
+        position: index, in the endless global stream of training samples, of this batch's first sample;
+            noise and augmentation are functions of (seed, position).
+        broken: names of the files skipped while making this batch.
+    """
+
+    images: Tensor | None
+    latents: Tensor | None
+    texts: list[str]
+    original_size: Tensor
+    crop: Tensor
+    target_size: Tensor
+    uids: list[str]
+    position: int = 0
+    broken: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by DataLoader when it pins."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                setattr(self, each.name, value.pin_memory())
+        return self
+
+
+def collate(batches: Sequence[Batch]) -> Batch:
+    """Join batches along B; the position is that of the first.
+
+    Args:
+        batches: at least one, all with images or all with latents, of equal (C, H, W).
+    """
+    if len(batches) == 1:
+        return batches[0]
+
+    def join(name: str) -> Tensor | None:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts)
+
+    tensors: dict[str, Any] = {
+        name: join(name) for name in ("images", "latents", "original_size", "crop", "target_size")
+    }
+    return Batch(
+        **tensors,
+        texts=[text for batch in batches for text in batch.texts],
+        uids=[uid for batch in batches for uid in batch.uids],
+        position=batches[0].position,
+        broken=[name for batch in batches for name in batch.broken],
+    )

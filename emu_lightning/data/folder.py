@@ -1,0 +1,204 @@
+"""A folder of images with captions: a `.txt` beside each, or `metadata.jsonl` (Hugging Face imagefolder)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from emu_lightning.data.datamodule import ImageData
+from emu_lightning.data.source import BrokenImage, Sample, Source
+from emu_lightning.data.subset import Subset
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB: transparency over white, 16-bit and floating-point grey scaled to 8 bits.
+
+    Grey in `I` and `I;16` is taken as 16-bit; in `F` as [0, 1], or as [0, 255] when a value exceeds 1.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        wide = np.clip(np.asarray(image), 0, 65535)
+        return Image.fromarray((wide / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image))
+        grey = grey * 255 if grey.max() <= 1 else grey
+        return Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(path: Path, name: str) -> Image.Image:
+    """The whole picture in RGB, upright by its EXIF orientation; of an animation the first frame.
+
+    Raises:
+        BrokenImage: the file is damaged, truncated, too large (a decompression bomb) or of an unknown kind.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # Pillow's default, but a process-wide switch others may have set
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large photographs, odd EXIF; twice too large raises
+            with Image.open(path) as image:
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # damaged bytes raise anything: OSError, SyntaxError, struct.error
+        raise BrokenImage(name, f"{type(error).__name__}: {error}") from None
+
+
+class Folder(Source):
+    """Captioned images below `path`, sorted by name; a uid is the path relative to it.
+
+    Args:
+        path: the folder, searched through all levels. Names that begin with a dot are left out.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds no image.
+        ValueError: an image has no caption, or metadata.jsonl is wrong; the message says where.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"image folder {self.path} does not exist")
+        files = {
+            file.relative_to(self.path).as_posix(): file
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file()
+        }
+        visible = {
+            name: file
+            for name, file in files.items()
+            if not any(part.startswith(".") for part in PurePosixPath(name).parts)
+        }
+        names = sorted(name for name, file in visible.items() if file.suffix.lower() in SUFFIXES)
+        if not names:
+            raise FileNotFoundError(f"{self.path} holds no images ({', '.join(sorted(SUFFIXES))})")
+        captions = _captions(visible)
+        missing = [name for name in names if name not in captions]
+        if missing:
+            beside = PurePosixPath(missing[0]).with_suffix(".txt")
+            raise ValueError(
+                f"{len(missing)} of {len(names)} images in {self.path} have no caption, such as "
+                f"{missing[0]}: write one into {beside} or into metadata.jsonl"
+            )
+        self._fingerprint: str | None = None
+        self._names, self._texts = names, [captions[name] for name in names]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self._names[index]
+        image = decode(self.path / name, name)
+        return Sample(
+            image=image, text=self._texts[index], uid=name, original_size=(image.height, image.width)
+        )
+
+    def uid(self, index: int) -> str:
+        return self._names[index]
+
+    def text(self, index: int) -> str:
+        return self._texts[index]
+
+    def fingerprint(self) -> str:
+        """sha256 over all names and file contents, read once."""
+        if self._fingerprint is not None:
+            return self._fingerprint
+        digest = hashlib.sha256()
+        for name in self._names:
+            with (self.path / name).open("rb") as file:
+                digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        self._fingerprint = "folder-1:" + digest.hexdigest()
+        return self._fingerprint
+
+
+def _read_text(name: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 text: save it as UTF-8") from None
+
+
+def _captions(files: dict[str, Path]) -> dict[str, str]:
+    """Image name -> caption. metadata.jsonl goes before a .txt; an empty caption counts as none."""
+    captions = {}
+    texts = {
+        str(PurePosixPath(name).with_suffix("")): name
+        for name, file in files.items()
+        if file.suffix.lower() == ".txt"
+    }
+    for name, file in files.items():
+        stem = str(PurePosixPath(name).with_suffix(""))
+        if file.suffix.lower() in SUFFIXES and stem in texts:
+            captions[name] = _read_text(texts[stem], files[texts[stem]])
+    for name, file in files.items():
+        if file.name == "metadata.jsonl":
+            captions |= _metadata(name, file, files)
+    return {name: " ".join(text.split()) for name, text in captions.items() if text.strip()}
+
+
+def _metadata(name: str, file: Path, files: dict[str, Path]) -> dict[str, str]:
+    captions = {}
+    for number, line in enumerate(_read_text(name, file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            image, text = entry["file_name"], entry["text"]
+            if not isinstance(image, str) or not isinstance(text, str):
+                raise TypeError
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f'{name}, line {number}: expected {{"file_name": "...", "text": "..."}}'
+            ) from None
+        uid = (PurePosixPath(name).parent / image).as_posix()
+        if uid not in files:
+            raise ValueError(f"{name}, line {number}: there is no file {uid}")
+        captions[uid] = text
+    return captions
+
+
+def is_held_out(uid: str, fraction: float) -> bool:
+    """Whether `uid` belongs to validation: a hash of its name, so that other images do not matter."""
+    digest = hashlib.sha256(f"validation:{uid}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+class FolderData(ImageData):
+    """A folder of captioned images, a share of them held out for validation.
+
+    Args:
+        path: folder of images with a `.txt` beside each, or with `metadata.jsonl`.
+        val_fraction: share held out, in [0, 1); chosen by a hash of each image's name.
+        kwargs: of :class:`~emu_lightning.data.datamodule.ImageData`.
+    """
+
+    def __init__(self, path: str, val_fraction: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        self.path, self.val_fraction = path, val_fraction
+        self._folder: Folder | None = None
+
+    def train_source(self) -> Source:
+        return self._part(held_out=False)
+
+    def val_source(self) -> Source | None:
+        part = self._part(held_out=True)
+        return part if len(part) else None
+
+    def _part(self, held_out: bool) -> Source:
+        if self._folder is None:
+            self._folder = Folder(self.path)
+        uids = self._folder.uids()
+        part = [i for i, uid in enumerate(uids) if is_held_out(uid, self.val_fraction) == held_out]
+        return Subset(self._folder, part)

@@ -1,0 +1,56 @@
+"""Two models' pictures of the same prompts, judged: the paper's two questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emu_lightning.evaluation.generation import to_images
+from emu_lightning.evaluation.scorers import Scorer
+from emu_lightning.evaluation.votes import WinRate, judge_pairs, win_rate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores (N,) of base and tuned pictures, the labels A (base), B (tuned) or Tie, and what they add up to."""
+
+    base_appeal: NDArray[np.float64]
+    tuned_appeal: NDArray[np.float64]
+    base_faithfulness: NDArray[np.float64]
+    tuned_faithfulness: NDArray[np.float64]
+    appeal_labels: NDArray[np.str_]
+    faithfulness_labels: NDArray[np.str_]
+    appeal: WinRate
+    faithfulness: WinRate
+
+
+def compare(
+    scorer: Scorer,
+    base: NDArray[np.uint8],
+    tuned: NDArray[np.uint8],
+    prompts: Sequence[str],
+    *,
+    appeal_margin: float = 0.02,
+) -> Comparison:
+    """Judges pictures (N, H, W, 3) of the same N prompts at equal seeds.
+
+    Args:
+        appeal_margin: two appeals nearer than this are a tie. Faithfulness ties where both show the same
+            share of the prompt's facts.
+    """
+    base_images, tuned_images = to_images(base), to_images(tuned)
+    appeals = scorer.appeal(base_images), scorer.appeal(tuned_images)
+    faiths = scorer.faithfulness(base_images, prompts), scorer.faithfulness(tuned_images, prompts)
+    appeal_labels = judge_pairs(*appeals, margin=appeal_margin)
+    faithfulness_labels = judge_pairs(*faiths, margin=0.0)
+    return Comparison(
+        *appeals,
+        *faiths,
+        appeal_labels,
+        faithfulness_labels,
+        win_rate(appeal_labels, of="B", prompts=prompts),
+        win_rate(faithfulness_labels, of="B", prompts=prompts),
+    )

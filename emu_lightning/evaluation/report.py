@@ -1,0 +1,770 @@
+"""One self-contained page a person reads, and ``results.json`` beside it that a command checks.
+
+The page is put together from small pieces, each a plain function that returns HTML: key figures, bars with
+their intervals, line charts, picture grids, tables. It needs no script and no network. Charts are drawn in
+percentages of their box, so that their lettering stays readable from a phone to a wide screen.
+
+A piece takes plain text and escapes it; only :class:`Html`, which pieces return, is taken as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from emu_lightning.evaluation.votes import Interval, WinRate
+
+Pictures = NDArray[np.uint8]
+
+_NUM_COLOURS = 4  # series colours in report.css
+_CHART_HEIGHT = 220  # pixels
+_SHOWN_SIDE = 144  # pixels a small picture is about enlarged to
+_LOSSLESS_SIDE, _MAX_SIDE = 128, 256  # pixels; larger pictures become JPEG, and are reduced
+_MAX_DOTS = 24  # so many points of a line are single measurements worth seeing
+
+
+class Html(str):
+    """Text that is HTML already and is not escaped again."""
+
+
+def join(*parts: str) -> Html:
+    """Pieces one after the other; plain text among them is escaped."""
+    return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
+
+
+def _tag(name: str, *content: str, **attributes: object) -> Html:
+    """An element; ``css`` is its class, and underscores in names become hyphens."""
+    written = "".join(
+        f' {"class" if key == "css" else key.replace("_", "-")}="{escape(str(value))}"'
+        for key, value in attributes.items()
+        if value != ""
+    )
+    return Html(f"<{name}{written}>" + ("" if name == "img" else f"{join(*content)}</{name}>"))
+
+
+# --- figures in words ------------------------------------------------------------------------------------
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.829 -> 82.9 %, with a space that does not break."""
+    return f"{_number(100 * share, digits)}\u00a0%"
+
+
+def points(difference: float, digits: int = 1) -> str:
+    """0.012 -> +1.2: a difference of two shares in percentage points, always with its sign."""
+    text = _number(100 * difference, digits)
+    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
+
+
+def percent_interval(ci95: Interval, digits: int = 1) -> str:
+    """(0.81, 0.847) -> 81.0 to 84.7 %."""
+    return f"{_number(100 * ci95[0], digits)} to {percent(ci95[1], digits)}"
+
+
+def points_interval(ci95: Interval, digits: int = 1) -> str:
+    """(-0.009, 0.033) -> −0.9 to +3.3."""
+    return f"{points(ci95[0], digits)} to {points(ci95[1], digits)}"
+
+
+def _number(value: float, digits: int) -> str:
+    text = f"{value:,.{digits}f}"
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+
+
+def headline(
+    appeal: WinRate, faithfulness: WinRate, *, tuned: str = "tuned model", margin: float = 0.03
+) -> Html:
+    """The result in one sentence, as good or as bad as the intervals allow.
+
+    Args:
+        appeal: wins of the tuned model; preferred only where the interval of win minus lose is above 0.
+        faithfulness: the same for faithfulness; "no worse" only where its interval is above ``-margin``.
+        tuned: what the tuned model is called.
+        margin: the share of prompts that may be lost without calling it a loss.
+    """
+    low, high = appeal.win_minus_lose_ci95
+    is_preferred = low > 0
+    opening = (
+        "" if is_preferred else "Tuning made the pictures worse: " if high < 0 else "No clear preference: "
+    )
+    low, high = faithfulness.win_minus_lose_ci95
+    is_faithful = high >= 0 and low >= -margin
+    if is_faithful:
+        verdict = "follows the prompts better" if low > 0 else "follows the prompts no worse"
+    elif high < 0:
+        verdict = "follows the prompts less well"
+    else:
+        verdict = f"may lose more than {100 * margin:g} points of faithfulness to the prompts"
+    link = "and" if is_preferred == is_faithful else "but"
+    num = (
+        f"{appeal.num_prompts:,} prompts"
+        if appeal.num_labels == appeal.num_prompts
+        else f"{appeal.num_labels:,} pairs for {appeal.num_prompts:,} prompts"
+    )
+    return join(
+        opening,
+        "the" if opening else "The",
+        f" {tuned}’s picture wins ",
+        _tag("strong", percent(appeal.win)),
+        f" of {num} on appeal ",
+        _tag("small", f"(95\u00a0% interval {percent_interval(appeal.ci95)})"),
+        f", {link} {verdict} ",
+        _tag(
+            "small",
+            f"(win minus lose {points(faithfulness.win_minus_lose)} points, 95\u00a0% interval "
+            f"{points_interval(faithfulness.win_minus_lose_ci95)})",
+        ),
+        ".",
+    )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One key figure on a card. ``detail`` is its interval, or why there is no value."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+def key_figures(figures: Sequence[Figure]) -> Html:
+    """Cards side by side."""
+    return _tag(
+        "dl",
+        *(
+            _tag(
+                "div",
+                _tag("dt", one.label),
+                _tag("dd", one.value, css="value"),
+                _tag("dd", one.detail, css="small muted"),
+            )
+            for one in figures
+        ),
+        css="cards",
+    )
+
+
+# --- bars and whiskers -----------------------------------------------------------------------------------
+
+
+def win_bar(
+    title: str,
+    rate: WinRate,
+    *,
+    detail: str = "",
+    names: tuple[str, str] = ("base", "tuned"),
+    references: Sequence[tuple[str, float]] = (),
+) -> Html:
+    """Wins, ties and losses as one bar of all prompts, with the interval of the win rate at its edge.
+
+    Args:
+        title: the question.
+        rate: of the second of ``names``.
+        detail: who judged, how many.
+        names: the two models, base first.
+        references: (label, share) lines from elsewhere; the label has to say whose figure it is.
+    """
+    base, tuned = names
+    words = {
+        "win": f"{tuned} wins {percent(rate.win)} ({percent_interval(rate.ci95)})",
+        "tie": f"tie {percent(rate.tie)}",
+        "lose": f"{base} wins {percent(rate.lose)}",
+    }
+    legend = [_tag("span", _tag("i", css=outcome), text) for outcome, text in words.items()]
+    legend += [_tag("span", f"┆ {label} {percent(share)}", css="narrow") for label, share in references]
+    top, height = 20 * len(references), 36
+    bottom = top + height
+    stretches = (("win", 0.0, rate.win), ("tie", rate.win, rate.tie), ("lose", 1 - rate.lose, rate.lose))
+    drawing = [
+        _tag("rect", css=outcome, x=_pc(start), y=top, width=_pc(share), height=height)
+        for outcome, start, share in stretches
+    ]
+    drawing += [
+        _text(x, bottom + 18, percent(x, 0) if x == 1 else f"{100 * x:g}", anchor=_anchor(x))
+        for x in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    for row, (label, share) in enumerate(references):
+        anchor, dx = ("end", -6) if share > 0.5 else ("start", 6)
+        text = f"{label} {percent(share)}"
+        drawing += [
+            _vertical(share, 20 * row, bottom + 4, "mark"),
+            _text(share, 20 * row + 11, text, anchor=anchor, css="wide", dx=dx),
+        ]
+    drawing += _whisker(rate.ci95, top + height / 2)
+    return _figure(
+        title,
+        detail,
+        _tag("p", *legend, css="legend"),
+        _svg(f"{title}: {'; '.join(words.values())}", bottom + 24, drawing),
+    )
+
+
+def difference_bar(title: str, rate: WinRate, *, detail: str = "", margin: float | None = None) -> Html:
+    """Win minus lose as a point with its interval, between losing more (left) and winning more (right).
+
+    Args:
+        title: the question.
+        rate: of the tuned model.
+        detail: who judged, how many.
+        margin: a loss that would still be accepted, drawn as a line at ``-margin``.
+    """
+    low, high = rate.win_minus_lose_ci95
+    end = min(1.0, round(_ticks(0, max(abs(low), abs(high), 2 * (margin or 0), 0.02))[-1], 6))
+
+    def at(difference: float) -> float:
+        return (difference / end + 1) / 2
+
+    drawing = [
+        _tag("line", css="axis", x1="0", x2="100%", y1=40, y2=40),
+        _vertical(at(0), 20, 60, "zero"),
+        _text(0, 11, "← loses more", css="wide"),
+        _text(1, 11, "wins more →", anchor="end", css="wide"),
+    ]
+    if margin is not None:
+        drawing += [
+            _vertical(at(-margin), 20, 60, "mark"),
+            _text(at(-margin), 11, f"limit {points(-margin, 0)}", anchor="middle"),
+        ]
+    digits = 0 if (50 * end).is_integer() else 1
+    drawing += [
+        _text(at(x), 80, points(x, digits), anchor=_anchor(at(x))) for x in (-end, -end / 2, 0, end / 2, end)
+    ]
+    drawing += [*_whisker((at(low), at(high)), 40), _dot(at(rate.win_minus_lose), 40)]
+    words = f"{points(rate.win_minus_lose)} points ({points_interval((low, high))})"
+    return _figure(
+        title,
+        detail,
+        _tag("p", _tag("span", f"win minus lose {words}"), css="legend"),
+        _svg(f"{title}: {words}", 86, drawing),
+    )
+
+
+# --- charts ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. ``y`` is NaN where nothing was measured; ``ci95`` is (lower, upper), each like ``y``."""
+
+    name: str
+    x: ArrayLike
+    y: ArrayLike
+    ci95: tuple[ArrayLike, ArrayLike] | None = None
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    detail: str = "",
+    unit: Literal["", "%"] = "",
+    stop: float | None = None,
+) -> Html:
+    """Lines with their 95 % bands, each named at its end.
+
+    Args:
+        title: what is measured.
+        series: up to four lines over the same kind of ``x``.
+        x_label: what ``x`` counts.
+        detail: a remark beside the title.
+        unit: ``%`` for shares in [0, 1].
+        stop: the chosen ``x``, marked by a line.
+    """
+    if not 1 <= len(series) <= _NUM_COLOURS:
+        raise ValueError(f"chart {title!r} has {len(series)} lines: draw 1 to {_NUM_COLOURS}")
+    lines = [_measured(one, title) for one in series]
+    xs = np.concatenate([line.x for line in lines])
+    xs = np.append(xs, [] if stop is None else [stop])
+    ys = np.concatenate([part for line in lines for part in (line.y, line.lower, line.upper)])
+    x_ticks, y_ticks = _ticks(xs.min(), xs.max()), _ticks(np.nanmin(ys), np.nanmax(ys))
+    left, width = xs.min(), np.ptp(xs) or 1.0
+    top, height = y_ticks[-1], y_ticks[-1] - y_ticks[0]
+
+    def across(x: Any) -> Any:
+        return (x - left) / width
+
+    def down(y: Any) -> Any:
+        return (top - y) / height
+
+    frame = [_text(0.5, _CHART_HEIGHT + 40, x_label, anchor="middle")]
+    for tick in y_ticks:
+        at = round(_CHART_HEIGHT * down(tick), 1)
+        frame += [
+            _tag("line", css="axis", x1="0", x2="100%", y1=at, y2=at),
+            _text(0, at + 4, _tick_label(tick, y_ticks, unit), anchor="end", dx=-8),
+        ]
+    frame += [
+        _text(across(tick), _CHART_HEIGHT + 20, _tick_label(tick, x_ticks), anchor="middle")
+        for tick in x_ticks
+        if left <= tick <= left + width
+    ]
+    if stop is not None:
+        at = across(stop)
+        frame += [
+            _vertical(at, -6, _CHART_HEIGHT, "mark"),
+            _text(at, -12, f"chosen stop {stop:,.0f}", anchor=_anchor(at), css="ink"),
+        ]
+
+    paths, dots, ends, legend = [], [], [], []
+    for index, line in enumerate(lines):
+        colour = f"var(--series-{index})"
+        held = np.isfinite(line.lower) & np.isfinite(line.upper)
+        there, back = line.x[held], line.x[held][::-1]
+        band = _path(
+            across(np.append(there, back)), down(np.append(line.upper[held], line.lower[held][::-1]))
+        )
+        paths += [
+            _tag("path", css="band", fill=colour, d=f"{band}Z"),
+            _tag(
+                "path",
+                css="line",
+                stroke=colour,
+                vector_effect="non-scaling-stroke",
+                d=_path(across(line.x), down(line.y)),
+            ),
+        ]
+        seen = np.flatnonzero(np.isfinite(line.y))
+        heights = np.round(_CHART_HEIGHT * down(line.y), 1)
+        dots += [
+            _tag("circle", cx=_pc(across(line.x[i])), cy=heights[i], r=3.5, fill=colour)
+            for i in (seen if len(seen) <= _MAX_DOTS else seen[-1:])
+        ]
+        ends.append(float(heights[seen[-1]]))
+        legend.append(_tag("span", _tag("i", style=f"background:{colour}"), line.name))
+    labels = [
+        _text(1, at + 4, line.name, css="wide name", dx=12, style=f"fill:var(--series-{index})")
+        for index, (at, line) in enumerate(zip(_apart(ends), lines, strict=True))
+    ]
+    stretched = _tag(
+        "svg", *paths, viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=_CHART_HEIGHT
+    )
+    chart = _svg(
+        f"{title} against {x_label}: {', '.join(line.name for line in lines)}",
+        _CHART_HEIGHT,
+        [*frame, stretched, *dots, *labels],
+    )
+    return _figure(title, detail, _tag("div", _tag("p", *legend, css="legend narrow"), chart, css="chart"))
+
+
+class _Line(NamedTuple):
+    name: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+
+
+def _measured(series: Series, title: str) -> _Line:
+    parts = (series.x, series.y, *(series.ci95 or (series.y, series.y)))
+    line = _Line(series.name, *(np.asarray(part, np.float64) for part in parts))
+    if len({part.shape for part in line[1:]}) > 1 or line.x.ndim != 1 or not np.isfinite(line.y).any():
+        raise ValueError(
+            f"line {series.name!r} of chart {title!r} has {line.x.size} x, {line.y.size} y, "
+            f"{int(np.isfinite(line.y).sum())} of them finite: give one y for each x, "
+            "at least one of them finite"
+        )
+    return line
+
+
+def columns(*parts: Html) -> Html:
+    """Pieces side by side where there is room."""
+    return _tag("div", *parts, css="columns")
+
+
+# --- pictures --------------------------------------------------------------------------------------------
+
+
+def figure_grid(
+    pictures: Mapping[str, Pictures],
+    captions: Sequence[str],
+    *,
+    scores: Mapping[str, ArrayLike] | None = None,
+) -> Html:
+    """The same prompts drawn by several models, side by side, enlarged without smoothing.
+
+    Pictures above 128 pixels a side become JPEG on the page, and are reduced to 256 pixels.
+
+    Args:
+        pictures: for each model, from left to right, its (N, H, W, 3) uint8 pictures.
+        captions: the N prompts.
+        scores: for each model its N scores, printed under the pictures; a prompt's best is bold.
+    """
+    num = len(captions)
+    for name, images in pictures.items():
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != num:
+            raise ValueError(
+                f"pictures of {name!r} are {images.dtype} {images.shape}: "
+                f"give ({num}, H, W, 3) uint8, one for each caption"
+            )
+    marks = {name: np.asarray(values, np.float64) for name, values in (scores or {}).items()}
+    side = max(images.shape[2] for images in pictures.values())
+    # Whole multiples keep every pixel the same size.
+    shown = min(_MAX_SIDE, side * max(1, round(_SHOWN_SIDE / side)))
+    style = f"--count:{len(pictures)};--side:{shown}px"
+
+    def cell(name: str, i: int) -> Html:
+        picture = _tag("img", alt=f"{name}: {captions[i]}", src=_data_url(pictures[name][i]))
+        if name not in marks:
+            return _tag("div", picture, _tag("span", name))
+        is_best = marks[name][i] == max(mark[i] for mark in marks.values())
+        mark = _tag("b" if is_best else "i", f"{marks[name][i]:.2f}")
+        return _tag("div", picture, _tag("span", name, " ", mark))
+
+    rows = (
+        _tag(
+            "figure",
+            _tag("div", *(cell(name, i) for name in pictures)),
+            _tag("figcaption", captions[i]),
+            css="pictures",
+            style=style,
+        )
+        for i in range(num)
+    )
+    return _tag("div", *rows, css="grid")
+
+
+def _data_url(picture: Pictures) -> str:
+    image, file = Image.fromarray(picture), io.BytesIO()
+    kind = "png" if max(image.size) <= _LOSSLESS_SIDE else "jpeg"
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+    image.save(file, kind, quality=92, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str | float]], *, caption: str = "") -> Html:
+    """A plain table. Numbers stand right; a figure that could not be computed is a text with its reason."""
+    for row in rows:
+        if len(row) != len(heads):
+            raise ValueError(f"a row of the table has {len(row)} cells, its head {len(heads)}: give as many")
+    styles = ["" if any(isinstance(row[i], str) for row in rows) else "number" for i in range(len(heads))]
+    body = (
+        _tag("tr", *(_tag("td", _cell(cell), css=css) for cell, css in zip(row, styles, strict=True)))
+        for row in rows
+    )
+    return _table(
+        caption,
+        [_tag("th", head, css=css) for head, css in zip(heads, styles, strict=True)],
+        _tag("tbody", *body),
+    )
+
+
+def slice_table(
+    slices: Mapping[str, Mapping[str, WinRate]],
+    overall: WinRate,
+    *,
+    caption: str = "",
+    figure: Literal["win", "win_minus_lose"] = "win",
+) -> Html:
+    """Win rates within slices as a forest plot, against the overall figure (dashed).
+
+    Args:
+        slices: group (subject, colour, ...) -> slice (ball, red, ...) -> its win rate.
+        overall: the win rate of all prompts.
+        caption: what is compared; say that slices are exploratory.
+        figure: the share of wins, or wins minus losses.
+    """
+    groups = {**slices, "": {"all": overall}}
+    if figure == "win":
+        low, high = 0.0, 1.0
+    else:
+        widest = max(
+            abs(end)
+            for rates in groups.values()
+            for rate in rates.values()
+            for end in rate.win_minus_lose_ci95
+        )
+        high = min(1.0, math.ceil(10 * widest) / 10)
+        low = -high
+
+    def value(rate: WinRate) -> float:
+        return rate.win if figure == "win" else rate.win_minus_lose
+
+    def at(share: float) -> float:
+        return (share - low) / (high - low)
+
+    def row(name: str, rate: WinRate) -> Html:
+        if figure == "win":
+            ci95, shown = rate.ci95, (percent(rate.win), percent_interval(rate.ci95))
+        else:
+            ci95 = rate.win_minus_lose_ci95
+            shown = (points(rate.win_minus_lose), points_interval(ci95))
+        drawing = [
+            _vertical(0.5, 0, 30, "axis"),
+            _vertical(at(value(overall)), 0, 30, "mark"),
+            *_whisker((at(ci95[0]), at(ci95[1])), 15, cap=0),
+            _dot(at(value(rate)), 15),
+        ]
+        return _tag(
+            "tr",
+            _tag("th", name, scope="row"),
+            _tag("td", f"{rate.num_prompts:,}", css="number wide"),
+            *(_tag("td", text, css="number") for text in shown),
+            *(_tag("td", percent(share), css="number wide") for share in (rate.tie, rate.lose)),
+            _tag("td", _svg(f"{name}: {shown[0]}, {shown[1]}", 30, drawing), css="forest"),
+            css="all" if rate is overall else "",
+        )
+
+    ends = [percent(x, 0) if figure == "win" else points(x, 0) for x in (low, (low + high) / 2, high)]
+    heads = [
+        _tag("th"),
+        _tag("th", "prompts", css="number wide"),
+        _tag("th", "win" if figure == "win" else "win − lose", css="number"),
+        _tag("th", "95\u00a0% interval", css="number"),
+        _tag("th", "tie", css="number wide"),
+        _tag("th", "lose", css="number wide"),
+        _tag("th", _tag("div", *(_tag("span", end) for end in ends)), css="forest"),
+    ]
+    bodies = (
+        _tag(
+            "tbody",
+            *([_tag("tr", _tag("th", group, colspan=7))] if group else []),
+            *(row(name, rate) for name, rate in rates.items()),
+            css="group",
+        )
+        for group, rates in groups.items()
+    )
+    return _table(caption, heads, *bodies)
+
+
+def settings(values: Mapping[str, Any]) -> Html:
+    """Every setting, folded by its first key; nested keys are joined by dots."""
+    folds: dict[str, list[tuple[str, str]]] = {}
+    for key, value in values.items():
+        folds.setdefault(key if isinstance(value, Mapping) else "general", []).extend(_flat(key, value))
+
+    def row(key: str, value: str) -> Html:
+        breakable = Html(escape(key).replace(".", ".<wbr>"))
+        return _tag("tr", _tag("th", breakable, scope="row"), _tag("td", value))
+
+    return join(
+        *(
+            _tag(
+                "details",
+                _tag("summary", f"{name} ", _tag("small", str(len(rows)))),
+                _tag("table", *(row(key, value) for key, value in rows)),
+            )
+            for name, rows in folds.items()
+        )
+    )
+
+
+def provenance(command: str, facts: Mapping[str, str]) -> Html:
+    """What made these figures: the command, and machine, date, versions, seconds, peak memory by name."""
+    rows = (join(_tag("dt", name), _tag("dd", value)) for name, value in facts.items())
+    return join(_tag("pre", command), _tag("dl", *rows, css="facts"))
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _flat(f"{key}.{name}", inner)
+    else:
+        yield key, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _cell(cell: str | float) -> str:
+    if isinstance(cell, str):
+        return cell
+    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}".replace("-", "−")
+
+
+def _table(caption: str, heads: Sequence[Html], *bodies: Html) -> Html:
+    title = [_tag("caption", caption, css="title")] if caption else []
+    return _tag("div", _tag("table", *title, _tag("thead", _tag("tr", *heads)), *bodies), css="scroll")
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a title, a sentence or two, pieces."""
+
+    title: str
+    body: Sequence[Html]
+    intro: str = ""
+
+
+def page(title: str, sentence: str, sections: Sequence[Section], *, remark: str = "") -> Html:
+    """The whole document.
+
+    Args:
+        title: what was done, in a few words.
+        sentence: the result; see :func:`headline`.
+        sections: from the most to the least important.
+        remark: under the sentence: who judged, and what the figures are not.
+    """
+    style = files("emu_lightning.evaluation").joinpath("report.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    header = _tag(
+        "header", _tag("h1", title), _tag("p", sentence, css="headline"), _tag("p", remark, css="muted")
+    )
+    links = _tag("nav", *(_tag("a", one.title, href=f"#{_slug(one.title)}") for one in sections))
+    bodies = (
+        _tag("section", _tag("h2", one.title), _tag("p", one.intro), *one.body, id=_slug(one.title))
+        for one in sections
+    )
+    footer = _tag("footer", "The figures are also in results.json beside this page. Intervals are 95\u00a0%.")
+    return Html(f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{_tag("main", header, links, *bodies, footer)}
+</body>
+</html>
+""")
+
+
+def write_report(folder: str | Path, results: Mapping[str, Any], document: Html) -> Path:
+    """Writes ``report.html`` and ``results.json``; a reader never meets half a file.
+
+    Args:
+        folder: made where it is missing.
+        results: nested figures, fractions from 0 to 1. A figure that could not be computed is left out or
+            given as a text with the reason; NaN is refused.
+        document: see :func:`page`.
+
+    Returns:
+        Path of ``report.html``.
+    """
+    folder = Path(folder)
+    text = json.dumps(_plain(results, ""), indent=2, ensure_ascii=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / "results.json", text)
+    _write_whole(folder / "report.html", document)
+    return folder / "report.html"
+
+
+def _plain(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist(), key)
+    if isinstance(value, list | tuple):
+        return [_plain(inner, key) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"result {key!r} is {value}: leave it out, or give the reason as a text")
+    return str(value) if isinstance(value, Path) else value
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _figure(title: str, detail: str, *parts: Html) -> Html:
+    caption = _tag("figcaption", _tag("span", title, css="title"), " ", _tag("small", detail))
+    return _tag("figure", caption, *parts)
+
+
+# --- drawing: x is a share of the width, y is in pixels --------------------------------------------------
+
+
+def _pc(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _anchor(x: float) -> str:
+    return "start" if x < 0.08 else "end" if x > 0.92 else "middle"
+
+
+def _svg(label: str, height: float, drawing: Sequence[Html]) -> Html:
+    return _tag("svg", *drawing, role="img", aria_label=label, height=height)
+
+
+def _text(
+    x: float, y: float, text: str, *, anchor: str = "start", css: str = "", dx: float = 0, style: str = ""
+) -> Html:
+    return _tag("text", text, css=css, x=_pc(x), y=f"{y:.4g}", dx=dx, text_anchor=anchor, style=style)
+
+
+def _vertical(x: float, y1: float, y2: float, css: str) -> Html:
+    return _tag("line", css=css, x1=_pc(x), x2=_pc(x), y1=y1, y2=y2)
+
+
+def _whisker(ends: Interval, y: float, cap: float = 6) -> list[Html]:
+    low, high = (_pc(min(1.0, max(0.0, end))) for end in ends)
+    lines = [(low, high, y, y), (low, low, y - cap, y + cap), (high, high, y - cap, y + cap)]
+    return [
+        _tag("line", css=css, x1=x1, x2=x2, y1=y1, y2=y2)
+        for css in ("halo", "whisker")
+        for x1, x2, y1, y2 in lines
+    ]
+
+
+def _dot(x: float, y: float) -> Html:
+    return _tag("circle", css="dot", cx=_pc(x), cy=y, r=5)
+
+
+def _path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
+    """Through the finite points, with a gap where ``y`` is NaN, in a box of 1000 by 1000."""
+    steps, move = [], "M"
+    for a, b in zip(1000 * x, 1000 * y, strict=True):
+        if np.isfinite(b):
+            steps.append(f"{move}{a:.1f} {b:.1f}")
+        move = "L" if np.isfinite(b) else "M"
+    return "".join(steps)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that enclose low and high."""
+    if high <= low:
+        high = low + (abs(low) or 1)
+    raw = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def _tick_label(value: float, ticks: Sequence[float], unit: str = "") -> str:
+    scale = 100 if unit == "%" else 1
+    step = scale * (ticks[1] - ticks[0])
+    digits = next((digits for digits in range(8) if abs(round(step, digits) / step - 1) < 1e-6), 8)
+    return _number(scale * value, digits) + ("\u00a0%" if unit and value == ticks[-1] else "")
+
+
+def _apart(heights: Sequence[float], gap: float = 17) -> list[float]:
+    """Moves labels down until no two are nearer than ``gap`` pixels, then those below the chart up again."""
+    order = np.argsort(heights, kind="stable")
+    moved = np.array(heights, np.float64)
+    for above, below in zip(order, order[1:], strict=False):
+        moved[below] = max(moved[below], moved[above] + gap)
+    limit = float(_CHART_HEIGHT)
+    for label in order[::-1]:
+        moved[label] = min(moved[label], limit)
+        limit = moved[label] - gap
+    return [float(y) for y in moved]

@@ -1,0 +1,81 @@
+"""Losses of the autoencoder.
+
+All are means: per colour value, per image, over the batch. LDM sums over the values of an image instead;
+dividing its objective by their number gives this one, with equal relative weights, but here neither the size
+of the loss nor that of any weight depends on the resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def reconstruction_loss(reconstructions: Tensor, images: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
+    """Mean absolute or squared difference of two (B, 3, H, W); a scalar."""
+    difference = functional.l1_loss if kind == "l1" else functional.mse_loss
+    return difference(reconstructions, images)
+
+
+def kl_loss(mean: Tensor, logvar: Tensor, num_values: int) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)), summed over the latents and divided by the image's values.
+
+    Args:
+        mean: (B, C, h, w).
+        logvar: (B, C, h, w).
+        num_values: 3 H W of the image, so that a weight means the same as in LDM (Rombach et al. 2022,
+            appendix G).
+
+    Returns:
+        A scalar, in nats per colour value.
+    """
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / (len(mean) * num_values)
+
+
+def perceptual_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """LPIPS without learnt weights (Zhang et al. 2018, eq. 1 with w = 1), averaged over the networks' layers.
+
+    Args:
+        features: maps (B, C_i, h_i, w_i) of the one picture.
+        targets: those of the other.
+
+    Returns:
+        (B,), from 0 to 4: squared distance of feature vectors of unit length, averaged over pixels and
+        layers.
+    """
+    unit = functional.normalize  # over channels; eps 1e-12 keeps featureless places at zero
+    layers = [
+        (unit(x.float()) - unit(y.float())).square().sum(dim=1).mean(dim=(1, 2))
+        for x, y in zip(features, targets, strict=True)
+    ]
+    return torch.stack(layers).mean(dim=0)
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """0.5 (mean(max(0, 1 - real)) + mean(max(0, 1 + fake))): Lim & Ye 2017; the half is LDM's."""
+    return 0.5 * (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean())
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """-mean(fake): logits of reconstructions should rise (Lim & Ye 2017)."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Weight that makes both losses pull equally at the decoder's last layer (Esser et al. 2021, eq. 7; LDM).
+
+    Args:
+        reconstruction: scalar loss, perceptual part included; its graph is kept.
+        adversarial: scalar generator loss; its graph is kept.
+        last_layer: weight of the decoder's last layer.
+
+    Returns:
+        |grad reconstruction| / (|grad adversarial| + 1e-4), clamped to [0, 1e4], without gradient.
+    """
+    (towards_data,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (towards_real,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (towards_data.norm() / (towards_real.norm() + 1e-4)).clamp(0, 1e4).detach()

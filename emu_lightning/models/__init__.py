@@ -1,0 +1,27 @@
+"""Networks: tensors in, tensors out."""
+
+from emu_lightning.models.autoencoder import Autoencoder, load_autoencoder
+from emu_lightning.models.discriminator import PatchDiscriminator
+from emu_lightning.models.ema import EMA
+from emu_lightning.models.fourier import FourierFeatures
+from emu_lightning.models.perceptual import FeatureNetwork, PooledFeatures, RandomFeatures, TimmFeatures
+from emu_lightning.models.pretrained import Pretrained
+from emu_lightning.models.text import SmallTextEncoder, Text, TextEncoder
+from emu_lightning.models.unet import UNet
+
+__all__ = [
+    "EMA",
+    "Autoencoder",
+    "FeatureNetwork",
+    "FourierFeatures",
+    "PatchDiscriminator",
+    "PooledFeatures",
+    "Pretrained",
+    "RandomFeatures",
+    "SmallTextEncoder",
+    "Text",
+    "TextEncoder",
+    "TimmFeatures",
+    "UNet",
+    "load_autoencoder",
+]

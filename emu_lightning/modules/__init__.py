@@ -1,0 +1,8 @@
+"""LightningModules: what is trained, with which loss and optimizer."""
+
+from emu_lightning.modules.autoencoder import AutoencoderModule
+from emu_lightning.modules.diffusion import DiffusionModule
+from emu_lightning.modules.generator import Generator, load_generator
+from emu_lightning.modules.quality_tuning import QualityTuningModule
+
+__all__ = ["AutoencoderModule", "DiffusionModule", "Generator", "QualityTuningModule", "load_generator"]

@@ -1,0 +1,180 @@
+"""Text-conditioned diffusion, in the latents of an autoencoder or, without one, in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from emu_lightning.data.batch import Batch
+from emu_lightning.models import EMA, Autoencoder, TextEncoder, UNet
+from emu_lightning.modules.generator import Description, Generator, describe
+from emu_lightning.processes import Process, guided
+
+
+class DiffusionModule(Generator):
+    """A denoiser of latents under text, with a Gaussian process, guidance and an average of the denoiser.
+
+    Args:
+        denoiser: predicts the process's target from (x_t, t, text, size).
+        text_encoder: trained along with the denoiser where ``train_text_encoder``.
+        process: corruption, target, loss weight and sampling.
+        autoencoder: frozen; None is diffusion in pixels.
+        image_size: side of generated pictures, pixels.
+        text_dropout: share of captions replaced by "" so that guidance has an unconditional model (Ho & Salimans
+            2022). The paper gives none; 0.1 is the field's custom.
+        ema_decay: of the denoiser's average; None keeps none. Not given by the paper.
+        num_steps, guidance_scale: defaults of ``generate``. Not given by the paper.
+        optimizer, lr_scheduler: the schedule is stepped once an optimizer step.
+        seed: of noise, times and text dropout.
+    """
+
+    def __init__(
+        self,
+        denoiser: UNet,
+        text_encoder: TextEncoder,
+        process: Process,
+        autoencoder: Autoencoder | None = None,
+        image_size: int = 64,
+        text_dropout: float = 0.1,
+        train_text_encoder: bool = True,
+        ema_decay: float | None = 0.999,
+        num_steps: int = 25,
+        guidance_scale: float = 3.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, seed)
+        self.denoiser, self.text_encoder, self.process = denoiser, text_encoder, process
+        self.autoencoder = autoencoder.requires_grad_(False) if autoencoder is not None else None
+        self.text_encoder.requires_grad_(train_text_encoder)
+        self.average = EMA(denoiser, ema_decay) if ema_decay is not None else None
+        self.image_size, self.text_dropout, self.train_text_encoder = (
+            image_size,
+            text_dropout,
+            train_text_encoder,
+        )
+        self.ema_decay, self.num_steps, self.guidance_scale = ema_decay, num_steps, guidance_scale
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """Weighted mean squared error of the prediction."""
+        x_0 = self._latents(batch, rng)
+        text = self.text_encoder(self._drop(batch.texts, rng))
+        t = self.process.sample_t(len(x_0), rng, x_0.device)
+        noise = self.process.noise_like(x_0, rng)
+        x_t = self.process.corrupt(x_0, noise, t)
+        size = torch.cat([batch.original_size, batch.crop, batch.target_size], 1).to(x_0)
+        denoiser = self.denoiser if self.training else self._sampling_denoiser
+        prediction = denoiser(x_t, t, text, size)
+        error = (prediction.float() - self.process.target(x_0, noise, t)).square().mean((1, 2, 3))
+        return (self.process.loss_weight(t) * error).mean()
+
+    def _latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents
+        assert batch.images is not None  # a batch holds one of the two
+        if self.autoencoder is None:
+            return batch.images
+        with torch.no_grad():
+            return self.autoencoder.encode(batch.images, rng).float()
+
+    def _drop(self, texts: Sequence[str], rng: torch.Generator) -> list[str]:
+        draws = torch.rand(len(texts), generator=rng, device=rng.device).tolist()
+        return ["" if draw < self.text_dropout else text for text, draw in zip(texts, draws, strict=True)]
+
+    def train(self, mode: bool = True) -> DiffusionModule:
+        super().train(mode)
+        if self.autoencoder is not None:
+            self.autoencoder.eval()
+        return self
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.denoiser.parameters()
+        if self.train_text_encoder:
+            yield from self.text_encoder.parameters()
+
+    def update_average(self) -> None:
+        if self.average is not None:
+            self.average.update(self.denoiser)
+
+    # --- sampling -------------------------------------------------------------------------------------------
+
+    @property
+    def _sampling_denoiser(self) -> UNet:
+        return self.denoiser if self.average is None else self.average.model
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Iterable[int],
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        was_training = self.training
+        self.eval()
+        try:
+            scale = self.guidance_scale if guidance_scale is None else guidance_scale
+            text, uncond = self.text_encoder(list(prompts)), self.text_encoder([""] * len(prompts))
+            size, denoiser = self._generation_size(), self._sampling_denoiser
+            denoise = guided(lambda x_t, t, text: denoiser(x_t, t, text, size), text, uncond, scale)
+            # One CPU generator a picture: a seed means the same picture in every batch and on every device.
+            rng = [torch.Generator().manual_seed(seed) for seed in seeds]
+            x_0 = self.process.sample(denoise, self._shape(len(prompts)), num_steps or self.num_steps, rng, self.device)
+            images = x_0 if self.autoencoder is None else self.autoencoder.decode(x_0)
+            return images.float().clamp(-1, 1)
+        finally:
+            self.train(was_training)
+
+    def _shape(self, num: int) -> tuple[int, int, int, int]:
+        side = self.image_size // (1 if self.autoencoder is None else self.autoencoder.downsampling)
+        return num, self.denoiser.config.in_channels, side, side
+
+    def _generation_size(self) -> Tensor:
+        """SDXL's conditioning (original, crop, target) of an uncropped picture at its own size, (1, 6)."""
+        side = float(self.image_size)
+        return torch.tensor([[side, side, 0.0, 0.0, side, side]], device=self.device)
+
+    # --- handing over ---------------------------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        return {
+            "class_path": "emu_lightning.modules.DiffusionModule",
+            "init_args": {
+                "denoiser": describe(self.denoiser),
+                "text_encoder": describe(self.text_encoder),
+                "process": self.process.describe(),
+                "autoencoder": None if self.autoencoder is None else describe(self.autoencoder),
+                "image_size": self.image_size,
+                "text_dropout": self.text_dropout,
+                "train_text_encoder": self.train_text_encoder,
+                "ema_decay": self.ema_decay,
+                "num_steps": self.num_steps,
+                "guidance_scale": self.guidance_scale,
+            },
+        }
+
+    def sampling_state(self) -> dict[str, Tensor]:
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("average.")}
+        return state | {
+            f"denoiser.{name}": value for name, value in self._sampling_denoiser.state_dict().items()
+        }
+
+    def load_sampling_state(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        own = {name: value for name, value in state.items() if not name.startswith("average.")}
+        averaged = {
+            name.replace("average.model.", "denoiser.", 1): value
+            for name, value in state.items()
+            if name.startswith("average.model.")
+        }
+        missing, unexpected = self.load_state_dict(own | averaged, strict=False)
+        if self.average is not None:
+            self.average.restart(self.denoiser)
+        return [name for name in missing if not name.startswith("average.")], list(unexpected)

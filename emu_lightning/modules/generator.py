@@ -1,0 +1,222 @@
+"""The one interface that quality-tuning, sampling, evaluation, export and callbacks speak to.
+
+A generator on disk is a folder of two files: ``generator.yaml`` (class paths and arguments of the module and
+of every network in it, enough to build it) and ``model.safetensors``. Our Lightning checkpoints carry the same
+description, so that either can be loaded by :func:`load_generator` without the run's configuration.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from emu_lightning.data.batch import Batch
+from emu_lightning.processes.seeding import generator_for
+
+Description = dict[str, Any]  # {"class_path": ..., "init_args": {...}}, nested
+DESCRIPTION_FILE, WEIGHTS_FILE = "generator.yaml", "model.safetensors"
+
+
+class Trainable(LightningModule, ABC):
+    """A LightningModule whose loss is a pure function of weights, batch and (seed, batch position, rank).
+
+    The generator itself and its quality-tuning train in the same way; they differ in where the weights come
+    from. After every optimizer step the average of the weights moves, inside the step, so that a checkpoint
+    taken after it is never one update behind.
+    """
+
+    generator: Generator
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, seed: int) -> None:
+        super().__init__()
+        self._optimizer, self._lr_scheduler, self._seed = optimizer, lr_scheduler, seed
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] for the batch's texts."""
+        return self.generator.generate(batch.texts, range(batch.position, batch.position + len(batch.texts)))
+
+    def _step(self, batch: Batch, stage: str) -> Tensor:
+        rng = generator_for(self._seed, batch.position, self.global_rank, self.device)
+        loss = self.generator.loss(batch, rng)
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=stage != "train")
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.generator.update_average()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer(self.generator.trainable_parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer,
+                "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["generator"] = self.generator.describe()
+
+
+class Generator(Trainable):
+    """Text to images. Subclasses are concrete generators; nothing ever asks which one it holds."""
+
+    @property
+    def generator(self) -> Generator:  # type: ignore[override]
+        return self
+
+    @abstractmethod
+    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """The training loss, a scalar. All randomness comes from ``rng``."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[str], seeds: Iterable[int], *, num_steps: int | None = None,
+                 guidance_scale: float | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], one a prompt, with the averaged weights where there are any.
+
+        Args:
+            prompts: B texts.
+            seeds: B integers; a picture is a function of its prompt and seed, not of the batch it is made in.
+            num_steps: sampling steps; None is the generator's own default.
+            guidance_scale: 1.0 is off; None is the generator's own default.
+        """
+
+    @abstractmethod
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer moves: not the frozen autoencoder, not the average."""
+
+    @abstractmethod
+    def update_average(self) -> None:
+        """Moves the averaged weights one step towards the current ones."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """Class path and arguments, nested, from which :func:`build_generator` makes an equal generator."""
+
+    @abstractmethod
+    def sampling_state(self) -> dict[str, Tensor]:
+        """The weights that ``generate`` uses, under the names of a generator without an average."""
+
+    @abstractmethod
+    def load_sampling_state(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Inverse of :meth:`sampling_state`; of a training checkpoint it takes the averaged weights.
+
+        The average starts anew from what was loaded. Returns the names that are missing and unexpected.
+        """
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Writes ``generator.yaml`` and ``model.safetensors``; ``dtype`` casts floating weights. Returns the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous().cpu().clone()
+                 for name, value in self.sampling_state().items()}
+        unfinished = folder / (WEIGHTS_FILE + ".tmp")
+        save_file(state, unfinished, metadata={"format": "pt"})
+        (folder / (DESCRIPTION_FILE + ".tmp")).write_text(yaml.safe_dump(self.describe(), sort_keys=False))
+        os.replace(folder / (DESCRIPTION_FILE + ".tmp"), folder / DESCRIPTION_FILE)
+        os.replace(unfinished, folder / WEIGHTS_FILE)
+        return folder
+
+
+def describe(component: nn.Module) -> Description:
+    """Description of a network that carries its own arguments, as diffusers' ``ConfigMixin`` does."""
+    plain = {name: list(value) if isinstance(value, tuple) else value
+             for name, value in dict(component.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
+    return {"class_path": f"{type(component).__module__}.{type(component).__qualname__}", "init_args": plain}
+
+
+def build_generator(description: Description, overrides: Mapping[str, Any] | None = None) -> Generator:
+    """Builds a generator with fresh weights.
+
+    Args:
+        description: as :meth:`Generator.describe` gives it.
+        overrides: dotted argument names and their new values, e.g. ``{"process.noise_offset": 0.1}``.
+
+    Raises:
+        ValueError: an argument does not exist or has the wrong type; the message names it.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Generator, "generator", required=True)
+    try:
+        config = parser.parse_object({"generator": _override(description, overrides or {})})
+        generator: Generator = parser.instantiate(config).generator
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"this description does not make a generator: {' '.join(str(error).split())}") from None
+    return generator
+
+
+def _override(description: Description, overrides: Mapping[str, Any]) -> Description:
+    changed = yaml.safe_load(yaml.safe_dump(description))
+    for dotted, value in overrides.items():
+        *parents, name = dotted.split(".")
+        place = changed["init_args"]
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                raise ValueError(f"override {dotted!r}: the generator has no {parent!r}; it has {sorted(place)}")
+            place = place[parent]["init_args"]
+        if name not in place:
+            raise ValueError(f"override {dotted!r}: there is no {name!r}; there is {sorted(place)}")
+        place[name] = value
+    return changed
+
+
+def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Generator:
+    """Loads a generator folder or one of our checkpoints (of pre-training or of quality-tuning).
+
+    Args:
+        path: a folder with ``generator.yaml``, or a ``.ckpt`` file.
+        overrides: see :func:`build_generator`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is not a generator, or its weights do not fit its description.
+    """
+    path = Path(path)
+    description, state = _read(path)
+    generator = build_generator(description, overrides)
+    missing, unexpected = generator.load_sampling_state(state)
+    if missing or unexpected:
+        raise ValueError(f"the weights in {path} do not fit their description: "
+                         f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}")
+    return generator
+
+
+def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    if path.is_dir():
+        if not (path / DESCRIPTION_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
+            raise FileNotFoundError(f"{path} is not a generator folder: it needs {DESCRIPTION_FILE} and {WEIGHTS_FILE}")
+        try:
+            state = load_file(path / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{path / WEIGHTS_FILE} cannot be read ({error}): is it truncated?") from None
+        return (yaml.safe_load((path / DESCRIPTION_FILE).read_text()),
+                {name: value.float() if value.is_floating_point() else value for name, value in state.items()})
+    if not path.is_file():
+        raise FileNotFoundError(f"no generator at {path}: give a folder with {DESCRIPTION_FILE}, or a .ckpt file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds, from UnpicklingError to RuntimeError
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if "generator" not in checkpoint:
+        raise ValueError(f"{path} holds no generator: it is a checkpoint of another stage")
+    state = {name.removeprefix("generator."): value for name, value in checkpoint["state_dict"].items()}
+    return checkpoint["generator"], state

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from emu_lightning.losses import (
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    kl_loss,
+    perceptual_distance,
+    reconstruction_loss,
+)
+
+
+def test_reconstruction_is_a_mean_over_values() -> None:
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    assert torch.allclose(reconstruction_loss(x, y, "l1"), (x - y).abs().sum() / 96)
+    assert torch.allclose(reconstruction_loss(x, y, "l2"), (x - y).square().sum() / 96)
+
+
+def test_kl_is_that_of_torch_distributions_per_colour_value() -> None:
+    mean, logvar = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
+    expected = (
+        kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=(1, 2, 3)).mean() / 192
+    )
+    assert torch.allclose(kl_loss(mean, logvar, num_values=192), expected)
+
+
+def test_objective_has_the_relative_weights_of_latent_diffusion() -> None:
+    """LDM: sum of |x - y| over values and batch, plus weight times sum of KL, both over the batch size."""
+    x, y, mean, logvar = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), *torch.randn(2, 2, 4, 2, 2)
+    ldm = (x - y).abs().sum() / 2 + 0.1 * kl_divergence(
+        Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)
+    ).sum() / 2
+    ours = reconstruction_loss(x, y) + 0.1 * kl_loss(mean, logvar, num_values=192)
+    assert torch.allclose(ours * 192, ldm)
+
+
+def test_hinge_losses_are_the_formulas() -> None:
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.25, 1.0])
+    assert hinge_discriminator_loss(real, fake) == pytest.approx(
+        0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1.25 + 2) / 3)
+    )
+    assert hinge_generator_loss(fake) == pytest.approx(1.75 / 3)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    x = torch.randn(5, 4)
+    outputs = layer(x)
+    first, second = outputs.square().sum(), outputs.sum() * 0.3
+    # d/dW sum((W x)^2) = 2 W x x^T; d/dW 0.3 sum(W x) = 0.3 * 1 x^T
+    towards_data, towards_real = 2 * layer.weight @ x.T @ x, 0.3 * torch.ones(3, 5) @ x
+    weight = adaptive_weight(first, second, layer.weight)
+    assert torch.allclose(weight, towards_data.norm() / (towards_real.norm() + 1e-4))
+    assert not weight.requires_grad and layer.weight.grad is None
+    (first + weight * second).backward()  # both graphs are still there
+
+
+def test_adaptive_weight_is_clamped() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    assert adaptive_weight((weight * 1e9).sum(), (weight * 0).sum(), weight) == 1e4
+    assert adaptive_weight((weight * 0).sum(), weight.sum(), weight) == 0
+
+
+def test_perceptual_distance_is_that_of_directions() -> None:
+    x, y = torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)
+    cosine = torch.nn.functional.cosine_similarity(x, y, dim=1).mean(dim=(1, 2))
+    assert torch.allclose(perceptual_distance([x], [y]), 2 - 2 * cosine, atol=1e-6)
+    assert torch.allclose(perceptual_distance([x], [5 * x]), torch.zeros(2), atol=1e-6)
+    assert torch.allclose(perceptual_distance([x], [-x]), torch.full((2,), 4.0), atol=1e-5)
+    assert torch.allclose(perceptual_distance([x, x], [y, x]), 1 - cosine, atol=1e-6)
