@@ -7,6 +7,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 
+def shipped(path: str | Path) -> Path:
+    """``path`` where it exists; else the file or folder of that name that travels with the package.
+
+    So `configs/prompts/world_stop.txt` and `emu_lightning/miniature` mean the same outside a checkout.
+    """
+    path = Path(path)
+    if path.exists() or path.is_absolute():
+        return path
+    for travelling in (PACKAGE / path, PACKAGE.parent / path):
+        if travelling.exists() and path.parts[:1] in (("configs",), (PACKAGE.name,)):
+            return travelling
+    return path
+
+
 def config_path(name: str) -> Path:
     """Path of a shipped config: below `configs/` in a checkout, below `emu_lightning/configs/` in a wheel.
 

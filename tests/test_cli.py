@@ -289,14 +289,16 @@ def test_a_run_folder_holds_everything_and_repeats_the_run(in_tmp_path) -> None:
     assert_same_weights("runs/b", "runs/a")
 
 
-def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(in_tmp_path) -> None:
+@pytest.mark.parametrize("val_check_interval", [4, 5])  # where the first part ends, and not there
+def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(val_check_interval, in_tmp_path) -> None:
     common = ["--checkpoint.every_n_train_steps=2", "--trainer.log_every_n_steps=1"]
+    common.append(f"--trainer.val_check_interval={val_check_interval}")
     fit("--trainer.max_steps=6", "--run_dir=runs/whole", *common)
     fit("--trainer.max_steps=4", "--run_dir=runs/parts", *common)
     with Path("runs/parts/metrics.csv").open(
         "a"
     ) as file:  # a step after the checkpoint, a row torn by a kill
-        file.write("4,0.5\n5,")
+        file.write("4,0.5\n1" if val_check_interval == 5 else "4,0.5,\n1")
     fit("--trainer.max_steps=6", "--run_dir=runs/parts", "--ckpt_path=last", *common)
     assert_same_weights("runs/parts", "runs/whole")
     assert Path("runs/parts/metrics.csv").read_text() == Path("runs/whole/metrics.csv").read_text()

@@ -62,8 +62,9 @@ class MetricsFile(Logger):
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        text = self.path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # a kill may have torn the last row
+        return list(csv.DictReader(whole.splitlines()))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

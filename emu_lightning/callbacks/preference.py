@@ -15,18 +15,19 @@ from emu_lightning.evaluation.comparison import compare
 from emu_lightning.evaluation.generation import generate_folder, generate_pictures, write_png
 from emu_lightning.evaluation.prompts import read_lines
 from emu_lightning.evaluation.scorers import Scorer
+from emu_lightning.resources import shipped
 
 
 class PreferenceEvaluation(Callback):
     """Judges the tuned model against its frozen start, and chooses the iteration to keep.
 
     At step 0 and every ``every_n_train_steps`` it generates pictures of ``prompts`` at fixed seeds, lets
-    ``scorer`` judge them against the start's, logs ``tune/appeal_win_rate``, ``tune/appeal_win_minus_lose`` and
-    ``tune/faithfulness_win_minus_lose``, appends to ``<run>/preference.jsonl``, and draws start above tuned
-    into ``<run>/samples``. The best iteration so far is the one with the highest appeal win minus lose among
-    those whose faithfulness win minus lose is at least ``-max_faithfulness_loss``; its generator is written to
-    ``<run>/chosen`` with the reason in ``chosen.json``. Training stops after ``patience`` evaluations without
-    a better one. The rule is a choice: the paper says that people chose, not how.
+    ``scorer`` judge them against the start's, logs ``tune/appeal_win_rate``, ``tune/appeal_win_minus_lose``
+    and ``tune/faithfulness_win_minus_lose``, appends to ``<run>/preference.jsonl``, and draws start above
+    tuned into ``<run>/samples``. The best iteration so far is the one with the highest appeal win minus lose
+    among those whose faithfulness win minus lose is at least ``-max_faithfulness_loss``; its generator is
+    written to ``<run>/chosen`` with the reason in ``chosen.json``. Training stops after ``patience``
+    evaluations without a better one. The rule is a choice: the paper says that people chose, not how.
 
     Args:
         scorer: judges appeal and faithfulness.
@@ -52,7 +53,7 @@ class PreferenceEvaluation(Callback):
     ) -> None:
         if every_n_train_steps < 1 or patience < 1:
             raise ValueError("every_n_train_steps and patience of PreferenceEvaluation must be at least 1")
-        self.scorer, self.prompts = scorer, list(read_lines(prompts).prompts)
+        self.scorer, self.prompts = scorer, list(read_lines(shipped(prompts)).prompts)
         self.every_n_train_steps, self.patience = every_n_train_steps, patience
         self.max_faithfulness_loss, self.batch_size = max_faithfulness_loss, batch_size
         self.num_shown = num_shown
@@ -108,7 +109,9 @@ class PreferenceEvaluation(Callback):
 
     def _best(self) -> dict[str, float] | None:
         """The entry to keep, by the rule above; None while every one lost too much faithfulness."""
-        faithful = [e for e in self.history if e["faithfulness_win_minus_lose"] >= -self.max_faithfulness_loss]
+        faithful = [
+            e for e in self.history if e["faithfulness_win_minus_lose"] >= -self.max_faithfulness_loss
+        ]
         return max(faithful, key=lambda entry: entry["appeal_win_minus_lose"], default=None)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, tuned: Any) -> None:

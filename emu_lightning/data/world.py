@@ -23,7 +23,7 @@ from scipy.ndimage import gaussian_filter
 
 from emu_lightning.data.source import Sample, Source
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Triple = tuple[str, str, str]  # subject, colour, background
 
 HUES = {"red": 0, "yellow": 52, "green": 125, "turquoise": 178, "blue": 225, "purple": 290}  # degrees
@@ -129,7 +129,7 @@ def is_held_out(triple: Triple) -> bool:
 
 def draw_scene(rng: np.random.Generator, triples: Sequence[Triple]) -> Scene:
     """A scene with its caption, uniform over ``triples``; one in eight is a drawing."""
-    subject, colour, background = triples[rng.integers(len(triples))]
+    subject, colour, background = triples[int(rng.integers(len(triples)))]
     place = str(rng.choice(list(PLACES), p=[0.5, 0.25, 0.25]))
     is_drawing = rng.random() < 0.125
     template = DRAWING_TEMPLATE if is_drawing else TEMPLATES[rng.integers(len(TEMPLATES))]

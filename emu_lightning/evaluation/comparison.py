@@ -15,7 +15,7 @@ from emu_lightning.evaluation.votes import WinRate, judge_pairs, win_rate
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores (N,) of base and tuned pictures, the labels A (base), B (tuned) or Tie, and what they add up to."""
+    """Scores (N,) of base and tuned pictures, labels A (base), B (tuned) or Tie, and what they add up to."""
 
     base_appeal: NDArray[np.float64]
     tuned_appeal: NDArray[np.float64]

@@ -93,11 +93,15 @@ def generate_folder(
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     path = folder / "manifest.json"
     if path.exists() and json.loads(path.read_text()).get("sha256") != manifest["sha256"]:
-        raise ValueError(f"{folder} holds pictures of other prompts, seeds or settings: remove it or name another")
+        raise ValueError(
+            f"{folder} holds pictures of other prompts, seeds or settings: remove it or name another"
+        )
     _write(path, (json.dumps(manifest, indent=1) + "\n").encode())
     files = [folder / f"{i:05d}.png" for i in range(len(prompts))]
     missing = [i for i, file in enumerate(files) if not file.exists()]
-    with tqdm(total=len(files), initial=len(files) - len(missing), desc=description, unit="picture") as progress:
+    with tqdm(
+        total=len(files), initial=len(files) - len(missing), desc=description, unit="picture"
+    ) as progress:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
             images = generator.generate(
@@ -126,7 +130,9 @@ def read_folder(folder: str | Path) -> tuple[NDArray[np.uint8], list[str]]:
     files = [folder / f"{i:05d}.png" for i in range(len(prompts))]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: run the generation again, it makes what is not there")
+            raise FileNotFoundError(
+                f"{file} is missing: run the generation again, it makes what is not there"
+            )
     return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]), prompts
 
 

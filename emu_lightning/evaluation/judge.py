@@ -24,8 +24,15 @@ from scipy import ndimage
 Array = NDArray[np.float64]
 
 # Upper ends of the hue ranges in degrees, going round from red.
-_HUE_ENDS = ((25, "red"), (85, "yellow"), (152, "green"), (202, "turquoise"), (257, "blue"), (330, "purple"),
-             (360, "red"))
+_HUE_ENDS = (
+    (25, "red"),
+    (85, "yellow"),
+    (152, "green"),
+    (202, "turquoise"),
+    (257, "blue"),
+    (330, "purple"),
+    (360, "red"),
+)
 # Typical colours at the top and at the bottom of a well-exposed picture.
 _BACKGROUNDS = {
     "meadow": ((0.58, 0.74, 0.91), (0.44, 0.59, 0.33)),
@@ -61,9 +68,19 @@ def _template(draw_shape: str) -> Array:
     else:  # a heart: two lobes and a point
         draw.pieslice((0, 0, big * 0.54, big * 0.62), 150, 380, fill=255)
         draw.pieslice((big * 0.46, 0, big, big * 0.62), 160, 390, fill=255)
-        draw.polygon([(big * 0.02, big * 0.40), (big * 0.28, big * 0.2), (big / 2, big * 0.16), (big * 0.72, big * 0.2),
-                      (big * 0.98, big * 0.40), (big * 0.82, big * 0.66), (big / 2, big), (big * 0.18, big * 0.66)],
-                     fill=255)
+        draw.polygon(
+            [
+                (big * 0.02, big * 0.40),
+                (big * 0.28, big * 0.2),
+                (big / 2, big * 0.16),
+                (big * 0.72, big * 0.2),
+                (big * 0.98, big * 0.40),
+                (big * 0.82, big * 0.66),
+                (big / 2, big),
+                (big * 0.18, big * 0.66),
+            ],
+            fill=255,
+        )
     return np.asarray(canvas.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64) / 255
 
 
@@ -107,8 +124,12 @@ class Reading:
 
 def facts_of(prompt: str) -> dict[str, str]:
     """The judgeable facts a prompt states, e.g. ``{"subject": "star", "colour": "red"}``."""
-    return {fact: name for fact, names in _FACTS.items() for name, pattern in names.items()
-            if re.search(pattern, prompt)}
+    return {
+        fact: name
+        for fact, names in _FACTS.items()
+        for name, pattern in names.items()
+        if re.search(pattern, prompt)
+    }
 
 
 def _opponent(rgb: Array) -> Array:
@@ -133,8 +154,10 @@ def _find_subject(image: Array, row: Array) -> tuple[Array, NDArray[np.bool_]]:
 
 def _shape(soft: Array, mask: NDArray[np.bool_]) -> str:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    cut = (soft * ndimage.binary_dilation(mask))[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    seen = np.asarray(Image.fromarray(cut.astype(np.float32)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR))
+    cut = (soft * ndimage.binary_dilation(mask))[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    seen = np.asarray(
+        Image.fromarray(cut.astype(np.float32)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    )
     seen = np.clip((seen - 0.25) / 0.5, 0, 1)
     overlap = np.minimum(seen, _TEMPLATES).sum((1, 2)) / np.maximum(seen, _TEMPLATES).sum((1, 2))
     return _SHAPES[int(np.argmax(overlap))]
@@ -150,8 +173,14 @@ def _background(image: Array, outside: NDArray[np.bool_]) -> str:
     """The background whose top and bottom colours, under the best gain and contrast, are nearest."""
     height = image.shape[0]
     bands = (slice(0, height // 6), slice(height - height // 6, height))
-    seen = np.stack([np.median(image[band][outside[band]], axis=0) if outside[band].any()
-                     else np.median(image[band], axis=(0, 1)) for band in bands])
+    seen = np.stack(
+        [
+            np.median(image[band][outside[band]], axis=0)
+            if outside[band].any()
+            else np.median(image[band], axis=(0, 1))
+            for band in bands
+        ]
+    )
     typical = np.asarray(list(_BACKGROUNDS.values()))  # (K, 2, 3)
     contrasted = (typical[:, None] - 0.5) * _CONTRASTS[None, :, None, None] + 0.5
     shot = np.clip(contrasted[:, :, None] * _GAINS[:, None, None], 0, 1)  # (K, contrasts, gains, 2, 3)
@@ -166,8 +195,8 @@ def _marks(image: Array, row: Array, mask: NDArray[np.bool_], soft: Array) -> Ma
     x, y = (xs.mean() + 0.5) / size, (ys.mean() + 0.5) / image.shape[1]
     extent = max(np.ptp(xs), np.ptp(ys)) / size
     thirds = np.exp(-((min(abs(x - 1 / 3), abs(x - 2 / 3)) / 0.09) ** 2))
-    low = np.exp(-((y - 0.63) / 0.16) ** 2)  # the lower third, standing on the ground
-    fills = np.exp(-((extent - 0.42) / 0.12) ** 2)
+    low = np.exp(-(((y - 0.63) / 0.16) ** 2))  # the lower third, standing on the ground
+    fills = np.exp(-(((extent - 0.42) / 0.12) ** 2))
     composition = (thirds * low * fills) ** (1 / 3)
 
     body = image[inside]
@@ -181,7 +210,7 @@ def _marks(image: Array, row: Array, mask: NDArray[np.bool_], soft: Array) -> Ma
 
     below = ndimage.binary_dilation(mask, iterations=3)  # the shadow belongs to the subject
     shade = np.zeros_like(below)
-    shade[size // 16:] = below[:-(size // 16)]
+    shade[size // 16 :] = below[: -(size // 16)]
     free = around & ~shade
     grey, grey_row = image.mean(-1), row.mean(-1)
     shifts = [np.abs(grey - np.roll(grey_row, k)[:, None]) for k in range(-2, 3)]  # hills are not clutter
@@ -210,6 +239,12 @@ def read_picture(image: Array) -> Reading:
     return Reading(_shape(soft, mask), colour, background, place, _marks(image, row, mask, soft))
 
 
+def shows_all_three(reading: Reading, prompt: str) -> bool:
+    """Whether subject, colour and background are all as the prompt says; place is left out."""
+    facts = facts_of(prompt)
+    return all(getattr(reading, fact) == facts.get(fact) for fact in ("subject", "colour", "background"))
+
+
 class WorldJudge:
     """Scorer of synthetic-world pictures; see the module's docstring."""
 
@@ -224,14 +259,20 @@ class WorldJudge:
 
     def faithfulness(self, images: torch.Tensor, prompts: Sequence[str]) -> Array:
         """(B,) share in [0, 1] of each prompt's facts that its picture shows."""
-        return np.asarray([share_of_facts(reading, prompt)
-                           for reading, prompt in zip(self.read(images), prompts, strict=True)])
+        return np.asarray(
+            [
+                share_of_facts(reading, prompt)
+                for reading, prompt in zip(self.read(images), prompts, strict=True)
+            ]
+        )
 
 
 def share_of_facts(reading: Reading, prompt: str) -> float:
     """Share in [0, 1] of the prompt's facts that hold; a prompt without judgeable facts is an error."""
     facts = facts_of(prompt)
     if not facts:
-        raise ValueError(f"the world's judge finds no fact it can check in the prompt {prompt!r}: "
-                         "name a subject, a colour or a background of the synthetic world")
+        raise ValueError(
+            f"the world's judge finds no fact it can check in the prompt {prompt!r}: "
+            "name a subject, a colour or a background of the synthetic world"
+        )
     return float(np.mean([getattr(reading, fact) == name for fact, name in facts.items()]))

@@ -170,15 +170,17 @@ def load_autoencoder(folder: str) -> Autoencoder:
         FileNotFoundError: no autoencoder is there.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"no autoencoder in {folder}: train one first, its run leaves it in <run>/pretrained")
+        raise FileNotFoundError(
+            f"no autoencoder in {folder}: train one first, its run leaves it in <run>/pretrained"
+        )
     return Autoencoder.from_pretrained(folder)
 
 
 def _start_near_linear(kl: AutoencoderKL) -> None:
     """Residual branches start at zero, all other convolutions keep the variance, the posterior starts narrow.
 
-    With torch's default initialisation the signal shrinks at every convolution and a posterior of unit variance
-    drowns it: a 64-pixel world was at 22 dB after 300 steps, and at 28 dB from this start after 250.
+    With torch's default initialisation the signal shrinks at every convolution and a posterior of unit
+    variance drowns it: a 64-pixel world was at 22 dB after 300 steps, and at 28 dB from this start after 250.
     """
     for module in kl.modules():
         if isinstance(module, nn.Conv2d):

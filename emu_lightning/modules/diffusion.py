@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ class DiffusionModule(Generator):
         process: corruption, target, loss weight and sampling.
         autoencoder: frozen; None is diffusion in pixels.
         image_size: side of generated pictures, pixels.
-        text_dropout: share of captions replaced by "" so that guidance has an unconditional model (Ho & Salimans
-            2022). The paper gives none; 0.1 is the field's custom.
+        text_dropout: share of captions replaced by "" so that guidance has an unconditional model (Ho &
+            Salimans 2022). The paper gives none; 0.1 is the field's custom.
         ema_decay: of the denoiser's average; None keeps none. Not given by the paper.
         num_steps, guidance_scale: defaults of ``generate``. Not given by the paper.
         optimizer, lr_scheduler: the schedule is stepped once an optimizer step.
@@ -127,7 +126,9 @@ class DiffusionModule(Generator):
             denoise = guided(lambda x_t, t, text: denoiser(x_t, t, text, size), text, uncond, scale)
             # One CPU generator a picture: a seed means the same picture in every batch and on every device.
             rng = [torch.Generator().manual_seed(seed) for seed in seeds]
-            x_0 = self.process.sample(denoise, self._shape(len(prompts)), num_steps or self.num_steps, rng, self.device)
+            x_0 = self.process.sample(
+                denoise, self._shape(len(prompts)), num_steps or self.num_steps, rng, self.device
+            )
             images = x_0 if self.autoencoder is None else self.autoencoder.decode(x_0)
             return images.float().clamp(-1, 1)
         finally:

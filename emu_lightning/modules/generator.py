@@ -1,8 +1,8 @@
 """The one interface that quality-tuning, sampling, evaluation, export and callbacks speak to.
 
 A generator on disk is a folder of two files: ``generator.yaml`` (class paths and arguments of the module and
-of every network in it, enough to build it) and ``model.safetensors``. Our Lightning checkpoints carry the same
-description, so that either can be loaded by :func:`load_generator` without the run's configuration.
+of every network in it, enough to build it) and ``model.safetensors``. Our Lightning checkpoints carry the
+same description, so that either can be loaded by :func:`load_generator` without the run's configuration.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from emu_lightning.data.batch import Batch
 from emu_lightning.processes.seeding import generator_for
+from emu_lightning.resources import shipped
 
 Description = dict[str, Any]  # {"class_path": ..., "init_args": {...}}, nested
 DESCRIPTION_FILE, WEIGHTS_FILE = "generator.yaml", "model.safetensors"
@@ -39,7 +40,9 @@ class Trainable(LightningModule, ABC):
 
     generator: Generator
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, seed: int) -> None:
+    def __init__(
+        self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, seed: int
+    ) -> None:
         super().__init__()
         self._optimizer, self._lr_scheduler, self._seed = optimizer, lr_scheduler, seed
 
@@ -59,7 +62,9 @@ class Trainable(LightningModule, ABC):
     def _step(self, batch: Batch, stage: str) -> Tensor:
         rng = generator_for(self._seed, batch.position, self.global_rank, self.device)
         loss = self.generator.loss(batch, rng)
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=stage != "train")
+        self.log(
+            f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=stage != "train"
+        )
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -70,8 +75,10 @@ class Trainable(LightningModule, ABC):
         optimizer = self._optimizer(self.generator.trainable_parameters())
         if self._lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer,
-                "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["generator"] = self.generator.describe()
@@ -89,8 +96,14 @@ class Generator(Trainable):
         """The training loss, a scalar. All randomness comes from ``rng``."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[str], seeds: Iterable[int], *, num_steps: int | None = None,
-                 guidance_scale: float | None = None) -> Tensor:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Iterable[int],
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], one a prompt, with the averaged weights where there are any.
 
         Args:
@@ -124,11 +137,19 @@ class Generator(Trainable):
         """
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Writes ``generator.yaml`` and ``model.safetensors``; ``dtype`` casts floating weights. Returns the folder."""
+        """Writes ``generator.yaml`` and ``model.safetensors``; returns the folder.
+
+        ``dtype`` casts floating weights.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous().cpu().clone()
-                 for name, value in self.sampling_state().items()}
+        state = {
+            name: (value.to(dtype) if dtype and value.is_floating_point() else value)
+            .contiguous()
+            .cpu()
+            .clone()
+            for name, value in self.sampling_state().items()
+        }
         unfinished = folder / (WEIGHTS_FILE + ".tmp")
         save_file(state, unfinished, metadata={"format": "pt"})
         (folder / (DESCRIPTION_FILE + ".tmp")).write_text(yaml.safe_dump(self.describe(), sort_keys=False))
@@ -137,10 +158,13 @@ class Generator(Trainable):
         return folder
 
 
-def describe(component: nn.Module) -> Description:
+def describe(component: Any) -> Description:
     """Description of a network that carries its own arguments, as diffusers' ``ConfigMixin`` does."""
-    plain = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in dict(component.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
+    plain = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dict(component.config).items()
+        if not name.startswith("_")
+    }
     return {"class_path": f"{type(component).__module__}.{type(component).__qualname__}", "init_args": plain}
 
 
@@ -160,7 +184,9 @@ def build_generator(description: Description, overrides: Mapping[str, Any] | Non
         config = parser.parse_object({"generator": _override(description, overrides or {})})
         generator: Generator = parser.instantiate(config).generator
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"this description does not make a generator: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"this description does not make a generator: {' '.join(str(error).split())}"
+        ) from None
     return generator
 
 
@@ -171,7 +197,9 @@ def _override(description: Description, overrides: Mapping[str, Any]) -> Descrip
         place = changed["init_args"]
         for parent in parents:
             if not isinstance(place.get(parent), dict):
-                raise ValueError(f"override {dotted!r}: the generator has no {parent!r}; it has {sorted(place)}")
+                raise ValueError(
+                    f"override {dotted!r}: the generator has no {parent!r}; it has {sorted(place)}"
+                )
             place = place[parent]["init_args"]
         if name not in place:
             raise ValueError(f"override {dotted!r}: there is no {name!r}; there is {sorted(place)}")
@@ -190,28 +218,36 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
         FileNotFoundError: nothing is there.
         ValueError: it is not a generator, or its weights do not fit its description.
     """
-    path = Path(path)
+    path = shipped(path)
     description, state = _read(path)
     generator = build_generator(description, overrides)
     missing, unexpected = generator.load_sampling_state(state)
     if missing or unexpected:
-        raise ValueError(f"the weights in {path} do not fit their description: "
-                         f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}")
+        raise ValueError(
+            f"the weights in {path} do not fit their description: "
+            f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
     return generator
 
 
 def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
     if path.is_dir():
         if not (path / DESCRIPTION_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
-            raise FileNotFoundError(f"{path} is not a generator folder: it needs {DESCRIPTION_FILE} and {WEIGHTS_FILE}")
+            raise FileNotFoundError(
+                f"{path} is not a generator folder: it needs {DESCRIPTION_FILE} and {WEIGHTS_FILE}"
+            )
         try:
             state = load_file(path / WEIGHTS_FILE)
         except SafetensorError as error:
             raise ValueError(f"{path / WEIGHTS_FILE} cannot be read ({error}): is it truncated?") from None
-        return (yaml.safe_load((path / DESCRIPTION_FILE).read_text()),
-                {name: value.float() if value.is_floating_point() else value for name, value in state.items()})
+        return (
+            yaml.safe_load((path / DESCRIPTION_FILE).read_text()),
+            {name: value.float() if value.is_floating_point() else value for name, value in state.items()},
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"no generator at {path}: give a folder with {DESCRIPTION_FILE}, or a .ckpt file")
+        raise FileNotFoundError(
+            f"no generator at {path}: give a folder with {DESCRIPTION_FILE}, or a .ckpt file"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds, from UnpicklingError to RuntimeError

@@ -30,9 +30,15 @@ class QualityTuningModule(Trainable):
 
     generator: Generator
 
-    def __init__(self, init_from: str, overrides: dict[str, Any] | None = None, max_iterations: int = 15_000,
-                 optimizer: OptimizerCallable = torch.optim.AdamW, lr_scheduler: LRSchedulerCallable | None = None,
-                 seed: int = 0) -> None:
+    def __init__(
+        self,
+        init_from: str,
+        overrides: dict[str, Any] | None = None,
+        max_iterations: int = 15_000,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__(optimizer, lr_scheduler, seed)
         self.init_from, self.max_iterations = init_from, max_iterations
         self.generator = load_generator(init_from, overrides)
@@ -44,14 +50,22 @@ class QualityTuningModule(Trainable):
     def on_fit_start(self) -> None:
         steps = self.trainer.max_steps
         if not 0 <= steps <= self.max_iterations:
-            raise ValueError(f"quality-tuning ends after at most {self.max_iterations} iterations, but the trainer's "
-                             f"max_steps is {steps}: set --trainer.max_steps, or raise --model.max_iterations")
+            raise ValueError(
+                f"quality-tuning ends after at most {self.max_iterations} iterations, but the trainer's "
+                f"max_steps is {steps}: set --trainer.max_steps, or raise --model.max_iterations"
+            )
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the generator as tuned so far; see ``Generator.save_pretrained``."""
         return self.generator.save_pretrained(folder)
 
-    def generate(self, prompts: Sequence[str], seeds: Iterable[int], *, num_steps: int | None = None,
-                 guidance_scale: float | None = None) -> Tensor:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Iterable[int],
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
         """As :meth:`emu_lightning.modules.generator.Generator.generate`, with the weights as tuned so far."""
         return self.generator.generate(prompts, seeds, num_steps=num_steps, guidance_scale=guidance_scale)

@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     """Run one of the four verbs.
 
     Args:
-        argv: the verb and its options, such as `["fit", "--config", "configs/autoencoder/world.yaml"]`.
+        argv: the verb and its options, such as `["fit", "--config", "configs/autoencoder/miniature.yaml"]`.
 
     Raises:
         ValueError: the configuration or the checkpoint is not usable; one line naming the key or file.
