@@ -4,6 +4,6 @@ They speak to any module by its interface.
 """
 
 from emu_lightning.callbacks.preference import PreferenceEvaluation
-from emu_lightning.callbacks.samples import SampleGrid
+from emu_lightning.callbacks.samples import SampleGrid, SideBySide
 
-__all__ = ["PreferenceEvaluation", "SampleGrid"]
+__all__ = ["PreferenceEvaluation", "SampleGrid", "SideBySide"]

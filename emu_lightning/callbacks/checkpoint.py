@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,18 @@ class RunCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.keep_steps = frozenset(keep_steps)
         self._saved_step = 0  # nothing to save before the first step
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken over all its starts, without what was lost by a kill."""
+        return time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._started -= state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # a resumed run has this step on disk

@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from emu_lightning.callbacks.samples import picture_grid
+from emu_lightning.callbacks.samples import pictures_of_the_start, side_by_side, write_step
 from emu_lightning.evaluation.comparison import compare
-from emu_lightning.evaluation.generation import generate_folder, generate_pictures, write_png
+from emu_lightning.evaluation.generation import generate_pictures
 from emu_lightning.evaluation.prompts import read_lines
 from emu_lightning.evaluation.scorers import Scorer
 from emu_lightning.resources import shipped
@@ -62,18 +61,7 @@ class PreferenceEvaluation(Callback):
         self._start: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The start's pictures come from its own weights, so that a resumed run has the same ones."""
-        folder = Path(trainer.default_root_dir) / "samples" / "start"
-        settings = {"init_from": str(pl_module.init_from)}
-        self._start = generate_folder(
-            pl_module.load_start(),  # type: ignore[operator]
-            self.prompts,
-            self.seeds,
-            folder,
-            settings=settings,
-            batch_size=self.batch_size,
-            description="pictures of the start",
-        )
+        self._start = pictures_of_the_start(trainer, pl_module, self.prompts, self.seeds, self.batch_size)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -116,9 +104,7 @@ class PreferenceEvaluation(Callback):
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, tuned: Any) -> None:
         run = Path(trainer.default_root_dir)
-        step = trainer.global_step
-        pairs = np.concatenate([self._start[: self.num_shown], tuned[: self.num_shown]])
-        write_png(run / "samples" / f"step-{step:06d}.png", picture_grid(pairs, self.num_shown))
+        write_step(trainer, side_by_side(self._start[: self.num_shown], tuned[: self.num_shown]))
         _write(run / "preference.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         if self._best() is self.history[-1]:
             pl_module.generator.save_pretrained(run / "chosen")  # type: ignore[union-attr,operator]

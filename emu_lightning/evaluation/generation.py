@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from emu_lightning.files import write_whole
 
 
 class Generates(Protocol):
@@ -96,7 +98,7 @@ def generate_folder(
         raise ValueError(
             f"{folder} holds pictures of other prompts, seeds or settings: remove it or name another"
         )
-    _write(path, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_whole(path, json.dumps(manifest, indent=1) + "\n")
     files = [folder / f"{i:05d}.png" for i in range(len(prompts))]
     missing = [i for i, file in enumerate(files) if not file.exists()]
     with tqdm(
@@ -138,12 +140,6 @@ def read_folder(folder: str | Path) -> tuple[NDArray[np.uint8], list[str]]:
 
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
     """Writes (H, W, 3) whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    Image.fromarray(picture).save(unfinished, format="PNG")
-    os.replace(unfinished, path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue())

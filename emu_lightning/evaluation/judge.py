@@ -190,7 +190,8 @@ def _background(image: Array, outside: NDArray[np.bool_]) -> str:
 
 def _marks(image: Array, row: Array, mask: NDArray[np.bool_], soft: Array) -> Marks:
     size = image.shape[0]
-    inside = ndimage.binary_erosion(mask) if mask.sum() > 60 else mask
+    core = ndimage.binary_erosion(mask)
+    inside = core if mask.sum() > 60 and core.any() else mask  # a line has no core
     ys, xs = np.nonzero(mask)
     x, y = (xs.mean() + 0.5) / size, (ys.mean() + 0.5) / image.shape[1]
     extent = max(np.ptp(xs), np.ptp(ys)) / size
@@ -202,7 +203,7 @@ def _marks(image: Array, row: Array, mask: NDArray[np.bool_], soft: Array) -> Ma
     body = image[inside]
     brightness = np.percentile(body.max(-1), 75)
     around = ~ndimage.binary_dilation(mask, iterations=3)
-    burnt = (image[around] > 0.995).all(-1).mean()
+    burnt = (image[around] > 0.995).all(-1).sum() / max(around.sum(), 1)  # 0 where the mask covers all
     exposure = np.clip((brightness - 0.5) / 0.35, 0, 1) * np.exp(-burnt / 0.15)
 
     saturation = np.median(np.ptp(body, axis=-1) / np.maximum(body.max(-1), 1e-3))

@@ -13,7 +13,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from emu_lightning.evaluation.votes import Interval, WinRate
+from emu_lightning.files import write_whole
 
 Pictures = NDArray[np.uint8]
 
@@ -654,9 +654,8 @@ def write_report(folder: str | Path, results: Mapping[str, Any], document: Html)
     """
     folder = Path(folder)
     text = json.dumps(_plain(results, ""), indent=2, ensure_ascii=False) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / "results.json", text)
-    _write_whole(folder / "report.html", document)
+    write_whole(folder / "results.json", text)
+    write_whole(folder / "report.html", document)
     return folder / "report.html"
 
 
@@ -670,15 +669,6 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"result {key!r} is {value}: leave it out, or give the reason as a text")
     return str(value) if isinstance(value, Path) else value
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _slug(title: str) -> str:

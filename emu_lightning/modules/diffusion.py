@@ -126,9 +126,8 @@ class DiffusionModule(Generator):
             denoise = guided(lambda x_t, t, text: denoiser(x_t, t, text, size), text, uncond, scale)
             # One CPU generator a picture: a seed means the same picture in every batch and on every device.
             rng = [torch.Generator().manual_seed(seed) for seed in seeds]
-            x_0 = self.process.sample(
-                denoise, self._shape(len(prompts)), num_steps or self.num_steps, rng, self.device
-            )
+            steps = self.num_steps if num_steps is None else num_steps
+            x_0 = self.process.sample(denoise, self._shape(len(prompts)), steps, rng, self.device)
             images = x_0 if self.autoencoder is None else self.autoencoder.decode(x_0)
             return images.float().clamp(-1, 1)
         finally:

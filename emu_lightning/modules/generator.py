@@ -7,7 +7,6 @@ same description, so that either can be loaded by :func:`load_generator` without
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from emu_lightning.data.batch import Batch
+from emu_lightning.files import write_whole
 from emu_lightning.processes.seeding import generator_for
 from emu_lightning.resources import shipped
 
@@ -142,7 +142,6 @@ class Generator(Trainable):
         ``dtype`` casts floating weights.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {
             name: (value.to(dtype) if dtype and value.is_floating_point() else value)
             .contiguous()
@@ -150,11 +149,8 @@ class Generator(Trainable):
             .clone()
             for name, value in self.sampling_state().items()
         }
-        unfinished = folder / (WEIGHTS_FILE + ".tmp")
-        save_file(state, unfinished, metadata={"format": "pt"})
-        (folder / (DESCRIPTION_FILE + ".tmp")).write_text(yaml.safe_dump(self.describe(), sort_keys=False))
-        os.replace(folder / (DESCRIPTION_FILE + ".tmp"), folder / DESCRIPTION_FILE)
-        os.replace(unfinished, folder / WEIGHTS_FILE)
+        write_whole(folder / DESCRIPTION_FILE, yaml.safe_dump(self.describe(), sort_keys=False))
+        write_whole(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
         return folder
 
 

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from emu_lightning.files import write_whole
 from emu_lightning.resources import miniature_path
 from emu_lightning.verbs.arguments import call
 
 AUTOENCODER_CONFIG, DIFFUSION_CONFIG = "autoencoder/miniature.yaml", "diffusion/miniature.yaml"
+NUM_PROMPTS = 360
 
 
 def make_base(run: Path, device: str) -> Path:
@@ -67,8 +69,8 @@ def miniature(run_dir: str = "runs/miniature", out: str | None = None, device: s
         "command": "make miniature",
         **environment(),
     }
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (folder / "README.md").write_text(_card(figures))
+    write_whole(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
+    write_whole(folder / "README.md", _card(figures))
     print(f"{folder}: {json.dumps(figures['pretrained'])}, {figures['autoencoder']['psnr_db']:.1f} dB")
 
 
@@ -98,9 +100,6 @@ quality-tuned by `emu quickstart`. It draws what a caption says and shoots it li
 
 It knows six shapes, six colours, five backgrounds and two styles, and nothing else. Licence: Apache-2.0.
 """
-
-
-NUM_PROMPTS = 360
 
 
 def main(argv: list[str]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from emu_lightning.files import write_whole
 from emu_lightning.resources import config_path, miniature_path
 from emu_lightning.verbs.arguments import call
+
+POOL_SEED = 100  # the pool is of another world than the base's
 
 
 def quickstart(
@@ -76,7 +78,7 @@ def _select(path: Path, settings: dict[str, Any]) -> Path:
         },
         "uids": sorted(pool.uid(i) for i in chosen),
     }
-    _write(path, json.dumps(selection, indent=1))
+    write_whole(path, json.dumps(selection, indent=1))
     return path
 
 
@@ -228,8 +230,7 @@ def _remember(path: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{path.parent} was begun with other settings ({path}): name another --run_dir, or remove it"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(settings, indent=1))
+    write_whole(path, json.dumps(settings, indent=1))
 
 
 def _seconds_before(run: Path) -> float:
@@ -240,22 +241,13 @@ def _seconds_before(run: Path) -> float:
 
 def _keep_seconds(run: Path, started: float) -> None:
     if not (run / "seconds.json").is_file():
-        _write(run / "seconds.json", json.dumps(time.monotonic() - started))
+        write_whole(run / "seconds.json", json.dumps(time.monotonic() - started))
 
 
 def _yaml(path: Path) -> Any:
     import yaml
 
     return yaml.safe_load(path.read_text())
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, path)
-
-
-POOL_SEED = 100
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ def run_stage(config: str, run_dir: Path, options: Sequence[str] = ()) -> float:
     """`emu fit` of a shipped config into ``run_dir``, unless it has finished; goes on where it was killed.
 
     Returns:
-        The seconds its last start took, as `finished.json` has them.
+        The seconds it took over all its starts, as `finished.json` has them.
     """
     finished = run_dir / "finished.json"
     if not finished.is_file():

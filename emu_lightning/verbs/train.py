@@ -6,16 +6,14 @@ A run folder (`--run_dir`, the trainer's `default_root_dir`) holds
     metrics.csv              every logged metric
     checkpoints/last.ckpt    what `--ckpt_path last` resumes
     pretrained/              what training made, for the next stage (where the module hands anything over)
-    finished.json            written when training reached its end, and only then
+    finished.json            written when training reached its end, and only then: steps, seconds
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
-import time
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -33,6 +31,7 @@ from emu_lightning.callbacks.checkpoint import RunCheckpoint, last_checkpoint
 from emu_lightning.callbacks.data_errors import BrokenFileReport
 from emu_lightning.callbacks.metrics import MetricsFile
 from emu_lightning.callbacks.progress import StepProgressBar
+from emu_lightning.files import write_whole
 from emu_lightning.verbs.arguments import PARSER_SETTINGS, one_line, use_shipped_configs
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells have it; Lightning 2.6.6 would exit with 0
@@ -59,7 +58,7 @@ class RunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         # Judging a run must not rewrite its history.
         name = "config.yaml" if stage == "fit" else f"{stage}.yaml"
-        _write(Path(trainer.default_root_dir) / name, text)
+        write_whole(Path(trainer.default_root_dir) / name, text)
         for logger in trainer.loggers:
             logger.log_hyperparams({"cli": yaml.safe_load(text)})
 
@@ -171,16 +170,15 @@ class EmuCLI(LightningCLI):
                     )
 
     def before_fit(self) -> None:
-        self._started = time.monotonic()
         self._finished_marker.unlink(missing_ok=True)
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
             if isinstance(self.model, HandsOver):
                 self.model.save_pretrained(Path(self.trainer.default_root_dir) / "pretrained")
-            seconds = round(time.monotonic() - self._started, 1)
+            seconds = round(self._get(self.config_init, "checkpoint").seconds, 1)
             finished = {"step": self.trainer.global_step, "seconds": seconds}
-            _write(self._finished_marker, json.dumps(finished) + "\n")
+            write_whole(self._finished_marker, json.dumps(finished) + "\n")
 
     @property
     def _finished_marker(self) -> Path:
@@ -221,14 +219,6 @@ def _silence_advertisements() -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none: a kill must not leave half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _listed(value: Any) -> list[Any]:
