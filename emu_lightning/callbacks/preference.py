@@ -20,8 +20,8 @@ from emu_lightning.resources import shipped
 class PreferenceEvaluation(Callback):
     """Judges the tuned model against its frozen start, and chooses the iteration to keep.
 
-    At step 0 and every ``every_n_train_steps`` it generates pictures of ``prompts`` at fixed seeds, lets
-    ``scorer`` judge them against the start's, logs ``tune/appeal_win_rate``, ``tune/appeal_win_minus_lose``
+    Every ``every_n_train_steps`` it generates pictures of ``prompts`` at fixed seeds, lets ``scorer`` judge them
+    against those of the start, logs ``tune/appeal_win_rate``, ``tune/appeal_win_minus_lose``
     and ``tune/faithfulness_win_minus_lose``, appends to ``<run>/preference.jsonl``, and draws start above
     tuned into ``<run>/samples``. The best iteration so far is the one with the highest appeal win minus lose
     among those whose faithfulness win minus lose is at least ``-max_faithfulness_loss``; its generator is
@@ -62,12 +62,14 @@ class PreferenceEvaluation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = pictures_of_the_start(trainer, pl_module, self.prompts, self.seeds, self.batch_size)
+        self._stop_where_due(trainer)  # the run may have been killed after its last evaluation
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        done = self.history and self.history[-1]["step"] == step
+        # With gradient accumulation several batches end at the same step, the first ones at step 0.
+        done = step == 0 or (self.history and self.history[-1]["step"] == step)
         if step % self.every_n_train_steps or done:
             return
         tuned = generate_pictures(
@@ -87,9 +89,15 @@ class PreferenceEvaluation(Callback):
             "appeal": float(result.tuned_appeal.mean()),
         }
         self.history.append(judged)
-        pl_module.log_dict({f"tune/{name}": value for name, value in judged.items() if name != "step"})
+        # Lightning's `log_dict` would repeat the values in every later row, as if they had been judged again.
+        values = {f"tune/{name}": value for name, value in judged.items() if name != "step"}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step - 1)  # loggers number the steps from 0
         if trainer.is_global_zero:
             self._record(trainer, pl_module, tuned)
+        self._stop_where_due(trainer)
+
+    def _stop_where_due(self, trainer: Trainer) -> None:
         best = self._best()
         since = sum(entry["step"] > best["step"] for entry in self.history) if best else len(self.history)
         if since >= self.patience:

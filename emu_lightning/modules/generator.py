@@ -176,13 +176,13 @@ def build_generator(description: Description, overrides: Mapping[str, Any] | Non
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Generator, "generator", required=True)
+    changed = _override(description, overrides or {})
     try:
-        config = parser.parse_object({"generator": _override(description, overrides or {})})
+        config = parser.parse_object({"generator": changed})
         generator: Generator = parser.instantiate(config).generator
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(
-            f"this description does not make a generator: {' '.join(str(error).split())}"
-        ) from None
+    except (ArgumentError, TypeError, ValueError) as error:
+        cause = str(error).partition("Given value")[0]  # what follows repeats the whole description
+        raise ValueError(f"this description does not make a generator: {' '.join(cause.split())}") from None
     return generator
 
 
@@ -216,8 +216,14 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
     """
     path = shipped(path)
     description, state = _read(path)
-    generator = build_generator(description, overrides)
-    missing, unexpected = generator.load_sampling_state(state)
+    try:
+        generator = build_generator(description, overrides)
+        missing, unexpected = generator.load_sampling_state(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except RuntimeError as error:  # sizes differ; torch names every one, a line each
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"the weights in {path} do not fit their description: {first}") from None
     if missing or unexpected:
         raise ValueError(
             f"the weights in {path} do not fit their description: "
@@ -236,8 +242,13 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
             state = load_file(path / WEIGHTS_FILE)
         except SafetensorError as error:
             raise ValueError(f"{path / WEIGHTS_FILE} cannot be read ({error}): is it truncated?") from None
+        try:
+            description = yaml.safe_load((path / DESCRIPTION_FILE).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            cause = " ".join(str(error).split())
+            raise ValueError(f"{path / DESCRIPTION_FILE} is not valid YAML: {cause}") from None
         return (
-            yaml.safe_load((path / DESCRIPTION_FILE).read_text()),
+            description,
             {name: value.float() if value.is_floating_point() else value for name, value in state.items()},
         )
     if not path.is_file():
@@ -247,7 +258,8 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds, from UnpicklingError to RuntimeError
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {cause}") from None
     if "generator" not in checkpoint:
         raise ValueError(f"{path} holds no generator: it is a checkpoint of another stage")
     state = {name.removeprefix("generator."): value for name, value in checkpoint["state_dict"].items()}

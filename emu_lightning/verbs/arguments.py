@@ -44,10 +44,28 @@ def call(function: Callable[..., Any], argv: list[str], prog: str) -> Any:
         ValueError: a key or value does not fit the signature; the message is one line naming the key.
     """
     try:
-        args = use_shipped_configs(argv)
+        args = _plain_spelling(use_shipped_configs(argv), function)
         return auto_cli(function, args=args, as_positional=False, prog=prog, **PARSER_SETTINGS)
     except ArgumentError as error:
         raise ValueError(one_line(str(error), argv, inspect.signature(function).parameters)) from error
+
+
+def _plain_spelling(argv: list[str], function: Callable[..., Any]) -> list[str]:
+    """Accepts `--from-scratch` for `--from_scratch true`: hyphens, and switches without a value."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    spelled: list[str] = []
+    for index, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in parameters:
+            spelled.append(argument)
+            continue
+        spelled.append(f"--{name}{equals}{value}")
+        following = argv[index + 1 : index + 2]
+        is_bare = not equals and (not following or following[0].startswith("-"))
+        if parameters[name].annotation is bool and is_bare:
+            spelled.append("true")
+    return spelled
 
 
 def use_shipped_configs(argv: list[str]) -> list[str]:

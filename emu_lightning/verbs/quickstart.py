@@ -83,14 +83,18 @@ def _select(path: Path, settings: dict[str, Any]) -> Path:
 
 
 def _tune(run: Path, base: Path, selection: Path, settings: dict[str, Any], device: str) -> None:
+    from emu_lightning.modules import load_generator
     from emu_lightning.verbs.stages import device_options, run_stage
 
+    autoencoder = run / "autoencoder"
+    load_generator(base).autoencoder.save(autoencoder)  # type: ignore[union-attr,operator]
     prompts = config_path("prompts/world_stop.txt")
     options = {
         "--model.init_from": base,
         "--data.pool_size": settings["pool"],
         "--data.world_seed": POOL_SEED,
         "--data.selection": selection,
+        "--data.latents_from": autoencoder,  # the selected few are encoded once
         "--data.cache_dir": run / "cache",
         "--trainer.max_steps": settings["max_steps"],
         "--trainer.callbacks.prompts": prompts,
@@ -100,11 +104,14 @@ def _tune(run: Path, base: Path, selection: Path, settings: dict[str, Any], devi
 
 
 def _judge(run: Path, base: Path, settings: dict[str, Any], device: str, started: float) -> None:
+    import numpy as np
+
+    from emu_lightning.callbacks.samples import picture_grid
     from emu_lightning.data import World
     from emu_lightning.evaluation import report
     from emu_lightning.evaluation.comparison import compare
     from emu_lightning.evaluation.comparison_page import comparison_page, environment
-    from emu_lightning.evaluation.generation import generate_folder
+    from emu_lightning.evaluation.generation import generate_folder, write_png
     from emu_lightning.evaluation.judge import WorldJudge, facts_of
     from emu_lightning.modules import load_generator
     from emu_lightning.verbs.stages import peak_memory_gb, torch_device
@@ -186,6 +193,8 @@ def _judge(run: Path, base: Path, settings: dict[str, Any], device: str, started
         slices={group: [fact[group] for fact in facts] for group in ("subject", "colour", "background")},
         judge="the exact judge of the synthetic world, from pixels alone",
     )
+    grid = picture_grid(np.concatenate([pictures[name][:12] for name in ("base", "tuned")]), columns=12)
+    write_png(run / "grid.png", grid)
     path = report.write_report(run, results, page)
     appeal, faithfulness = result.appeal, result.faithfulness
     print(f"appeal: tuned wins {report.percent(appeal.win)} ({report.percent_interval(appeal.ci95)})")

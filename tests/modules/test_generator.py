@@ -191,9 +191,9 @@ def test_an_override_that_needs_other_weights_is_refused(saved) -> None:
     with pytest.raises(ValueError) as error:
         load_generator(saved, {"denoiser.layers_per_block": 2})
     assert "do not fit their description" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="size mismatch for denoiser") as error:
         load_generator(saved, {"denoiser.block_channels": [16, 16]})
-    assert "\n" not in str(error.value)
+    assert "do not fit their description" in str(error.value) and "\n" not in str(error.value)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -236,9 +236,7 @@ def test_truncated_weights_are_named(saved, tmp_path: Path, keep: float) -> None
 def test_a_description_that_is_none_is_refused(saved, tmp_path: Path, content: str) -> None:
     folder = copied(saved, tmp_path / "torn")
     (folder / "generator.yaml").write_text(content)
-    with pytest.raises(ValueError) as error:
-        load_generator(folder)
-    assert "\n" not in str(error.value)
+    error_of(folder)
 
 
 def test_weights_that_do_not_fit_are_named(saved, tmp_path: Path) -> None:
@@ -294,8 +292,7 @@ def test_code_in_a_description_is_never_executed(trained, saved, tmp_path: Path)
     trap = tmp_path / "sprung"
     folder = copied(saved, tmp_path / "copy")
     (folder / "generator.yaml").write_text(f"!!python/object/apply:os.mkdir ['{trap}']")
-    with pytest.raises(ValueError):
-        load_generator(folder)
+    error_of(folder)
     description = trained[0].describe()
     description["init_args"]["text_encoder"] = {"class_path": "os.mkdir", "init_args": {"path": str(trap)}}
     with pytest.raises(ValueError):

@@ -1,0 +1,84 @@
+"""Every shipped configuration parses against the real classes, trains two tiny steps, and reloads.
+
+Configurations are found, not listed: a new one is tested as soon as it lies under `configs/`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from emu_lightning import cli
+from emu_lightning.models import Autoencoder
+from emu_lightning.modules import load_generator
+from tests.shipped import CONFIGS, RUN_CONFIGS, SIDE, TINY_MODEL, make_workplace, read, stage_of, tiny_options
+from tests.tiny import make_batch
+
+pytestmark = pytest.mark.smoke
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fit", *argv, "--print_config"])
+    output = capsys.readouterr()
+    assert not exit_.value.code, output.err
+    return yaml.safe_load(output.out)
+
+
+def test_there_is_a_configuration_for_every_stage() -> None:
+    assert {stage_of(read(name)) for name in RUN_CONFIGS} == set(TINY_MODEL)
+
+
+@pytest.mark.parametrize("name", RUN_CONFIGS)
+def test_it_parses_as_shipped_and_prints_itself(name: str, capsys, in_tmp_path) -> None:
+    config = read(name)
+    needs = ["--data.path=photographs"] if config["data"]["class_path"].endswith("FolderData") else []
+    resolved = printed(capsys, "--config", str(CONFIGS / name), *needs)
+    Path("printed.yaml").write_text(yaml.safe_dump(resolved))
+    assert printed(capsys, "--config", "printed.yaml") == resolved
+    kept = {"seed_everything", "run_dir", "trainer", "model", "data"}
+    assert kept <= set(config), f"{name} leaves out {kept - set(config)}"
+    assert resolved["run_dir"] == config["run_dir"]
+    assert resolved["trainer"]["max_steps"] == config["trainer"]["max_steps"] > 0
+
+
+@pytest.mark.parametrize("name", RUN_CONFIGS)
+def test_it_names_itself_and_what_the_paper_gives(name: str) -> None:
+    """Each opens with the command that runs it, and says what is a choice."""
+    comments = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
+    head = " ".join(comments)
+    assert f"configs/{name}" in head or "emu quickstart" in head
+    assert "choice" in head.lower() and "paper" in head
+
+
+@pytest.mark.parametrize("name", RUN_CONFIGS)
+def test_it_trains_two_tiny_steps_and_reloads(name: str, in_tmp_path: Path) -> None:
+    make_workplace(in_tmp_path)
+    cli.main(["fit", "--config", str(CONFIGS / name), "--run_dir=run", *tiny_options(name)])
+    assert json.loads(Path("run/finished.json").read_text())["step"] == 2
+    assert "train/loss" in Path("run/metrics.csv").read_text()
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    if stage_of(read(name)) == "AutoencoderModule":
+        loaded = Autoencoder.from_pretrained("run/pretrained")
+        again = Autoencoder.from_config(dict(loaded.config))
+        state, own = checkpoint["state_dict"], "autoencoder."
+        again.load_state_dict({key.removeprefix(own): state[key] for key in state if key.startswith(own)})
+        images = make_batch(0, side=SIDE).images
+        assert torch.equal(again.eval().reconstruct(images), loaded.reconstruct(images))
+        assert (loaded.latent_std != 1).all()
+    else:
+        drawn = [
+            load_generator(path).generate(["a red ball in the snow"], [0])
+            for path in ("run/pretrained", "run/checkpoints/last.ckpt")
+        ]
+        assert drawn[0].shape == (1, 3, SIDE, SIDE) and torch.equal(*drawn)
+    if read(name)["trainer"].get("callbacks"):
+        assert Path("run/samples/step-000002.png").is_file()
+    cli.main(["fit", "--config=run/config.yaml", "--run_dir=run", "--ckpt_path=last", "--trainer.max_steps=3"])
+    assert json.loads(Path("run/finished.json").read_text())["step"] == 3
