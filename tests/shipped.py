@@ -71,7 +71,13 @@ def tiny_autoencoder_module(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def tiny_diffusion_module(arguments: dict[str, Any]) -> dict[str, Any]:
     levels = len(arguments["denoiser"]["init_args"]["block_channels"])
-    network = {"block_channels": [8] * levels, "head_dim": 8, "norm_groups": 4, "sequence_dim": 8, "pooled_dim": 8}
+    network = {
+        "block_channels": [8] * levels,
+        "head_dim": 8,
+        "norm_groups": 4,
+        "sequence_dim": 8,
+        "pooled_dim": 8,
+    }
     text = {"dim": 8, "num_layers": 1, "num_heads": 2, "embedding_dim": 2}
     settings = {f"model.denoiser.{name}": value for name, value in network.items()}
     settings |= {f"model.text_encoder.{name}": value for name, value in text.items()}
@@ -98,7 +104,8 @@ def tiny_options(name: str) -> list[str]:
     tiny_model = TINY_MODEL[stage_of(config)](config["model"]["init_args"])
     settings = tiny_trainer(config) | tiny_data(config) | tiny_model
     return [
-        f"--{option}={json.dumps(value) if isinstance(value, list) else value}" for option, value in settings.items()
+        f"--{option}={json.dumps(value) if isinstance(value, list) else value}"
+        for option, value in settings.items()
     ]
 
 

@@ -80,5 +80,7 @@ def test_it_trains_two_tiny_steps_and_reloads(name: str, in_tmp_path: Path) -> N
         assert drawn[0].shape == (1, 3, SIDE, SIDE) and torch.equal(*drawn)
     if read(name)["trainer"].get("callbacks"):
         assert Path("run/samples/step-000002.png").is_file()
-    cli.main(["fit", "--config=run/config.yaml", "--run_dir=run", "--ckpt_path=last", "--trainer.max_steps=3"])
+    cli.main(
+        ["fit", "--config=run/config.yaml", "--run_dir=run", "--ckpt_path=last", "--trainer.max_steps=3"]
+    )
     assert json.loads(Path("run/finished.json").read_text())["step"] == 3

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from emu_lightning import cli
 from emu_lightning.data.folder import Folder
-from emu_lightning.models import Autoencoder, SmallTextEncoder, UNet
-from emu_lightning.modules import DiffusionModule
-from emu_lightning.processes import Diffusion
 from examples.photographs import PHOTOGRAPHS, write_photographs
+from tests.tiny import tiny_generator
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ["fit", "--config", "configs/quality_tuning/folder.yaml", "--data.path"]
@@ -30,22 +27,8 @@ pytestmark = pytest.mark.smoke
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options for a base of 16 pixels and for so short a run that it takes seconds."""
-    torch.manual_seed(0)
-    base = DiffusionModule(
-        denoiser=UNet(
-            block_channels=(8, 16),
-            transformer_layers=(0, 1),
-            head_dim=8,
-            norm_groups=4,
-            sequence_dim=16,
-            pooled_dim=16,
-        ),
-        text_encoder=SmallTextEncoder(dim=16, num_layers=1, num_heads=2, embedding_dim=4),
-        process=Diffusion(),
-        autoencoder=Autoencoder(block_channels=(8, 8), norm_groups=4, use_mid_attention=False),
-        image_size=16,
-        num_steps=2,
-    ).save_pretrained(tmp_path_factory.mktemp("base"))
+    generator = tiny_generator(in_pixels=False, image_size=16)
+    base = generator.save_pretrained(tmp_path_factory.mktemp("base"))
     return [
         f"--model.init_from={base}",
         "--data.resolution=16",

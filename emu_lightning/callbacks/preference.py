@@ -20,8 +20,8 @@ from emu_lightning.resources import shipped
 class PreferenceEvaluation(Callback):
     """Judges the tuned model against its frozen start, and chooses the iteration to keep.
 
-    Every ``every_n_train_steps`` it generates pictures of ``prompts`` at fixed seeds, lets ``scorer`` judge them
-    against those of the start, logs ``tune/appeal_win_rate``, ``tune/appeal_win_minus_lose``
+    Every ``every_n_train_steps`` it generates pictures of ``prompts`` at fixed seeds, lets ``scorer`` judge
+    them against those of the start, logs ``tune/appeal_win_rate``, ``tune/appeal_win_minus_lose``
     and ``tune/faithfulness_win_minus_lose``, appends to ``<run>/preference.jsonl``, and draws start above
     tuned into ``<run>/samples``. The best iteration so far is the one with the highest appeal win minus lose
     among those whose faithfulness win minus lose is at least ``-max_faithfulness_loss``; its generator is

@@ -44,9 +44,11 @@ _BACKGROUNDS = {
 _GAINS = np.exp(np.linspace(np.log(0.45), np.log(1.5), 22))
 _CONTRASTS = np.linspace(0.5, 1.1, 13)
 _SIDE = 28  # side of the shape templates
+_BLURS = (0.0, 0.03, 0.06, 0.09)  # out of focus by so much of the shape's size
 
 
-def _template(draw_shape: str) -> Array:
+def _outline(draw_shape: str) -> Array:
+    """The shape, filling a square of eight times the templates' side, in [0, 1]."""
     big = 8 * _SIDE
     canvas = Image.new("L", (big, big))
     draw = ImageDraw.Draw(canvas)
@@ -81,11 +83,25 @@ def _template(draw_shape: str) -> Array:
             ],
             fill=255,
         )
-    return np.asarray(canvas.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64) / 255
+    return np.asarray(canvas, np.float64) / 255
+
+
+def _fit(soft: Array, mask: NDArray[np.bool_]) -> Array:
+    """A soft shape cut to its mask's bounding box, at the templates' size."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    cut = soft[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    return np.asarray(Image.fromarray(cut).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float64)
+
+
+def _templates(shape: str) -> list[Array]:
+    """The shape in and out of focus, each cut where a picture's subject would be cut."""
+    sharp = np.pad(_outline(shape), 2 * _SIDE)
+    blurred = [ndimage.gaussian_filter(sharp, blur * 8 * _SIDE) for blur in _BLURS]
+    return [_fit(soft / soft.max(), soft > 0.5 * soft.max()) for soft in blurred]
 
 
 _SHAPES = ("ball", "box", "cone", "star", "heart", "ring")
-_TEMPLATES = np.stack([_template(name) for name in _SHAPES])
+_TEMPLATES = np.asarray([_templates(name) for name in _SHAPES])  # (shapes, blurs, side, side)
 
 _FACTS = {
     "subject": {name: rf"\b{name}\b" for name in _SHAPES},
@@ -153,14 +169,9 @@ def _find_subject(image: Array, row: Array) -> tuple[Array, NDArray[np.bool_]]:
 
 
 def _shape(soft: Array, mask: NDArray[np.bool_]) -> str:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    cut = (soft * ndimage.binary_dilation(mask))[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    seen = np.asarray(
-        Image.fromarray(cut.astype(np.float32)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
-    )
-    seen = np.clip((seen - 0.25) / 0.5, 0, 1)
-    overlap = np.minimum(seen, _TEMPLATES).sum((1, 2)) / np.maximum(seen, _TEMPLATES).sum((1, 2))
-    return _SHAPES[int(np.argmax(overlap))]
+    seen = _fit(soft * ndimage.binary_dilation(mask), mask)
+    overlap = np.minimum(seen, _TEMPLATES).sum((-1, -2)) / np.maximum(seen, _TEMPLATES).sum((-1, -2))
+    return _SHAPES[int(np.argmax(overlap.max(1)))]
 
 
 def _colour(rgb: Array) -> str:

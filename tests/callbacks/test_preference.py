@@ -1,4 +1,4 @@
-"""The stop rule, on a generator whose pictures say how many steps it has made and a scorer that has a script."""
+"""The stop rule: pictures that say how many steps were made, and a scorer that has a script."""
 
 from __future__ import annotations
 
@@ -151,9 +151,7 @@ def test_where_every_iteration_loses_faithfulness_none_is_chosen(start: Path, tm
 def test_each_evaluation_is_one_row_of_the_metrics(start: Path, tmp_path: Path) -> None:
     module, preference = make(start, script={2: (2, 0), 4: (1, 1)})
     logger = MetricsFile(tmp_path / "metrics.csv")
-    trainer = make_trainer(
-        tmp_path, max_steps=5, callbacks=[preference], logger=logger, log_every_n_steps=1
-    )
+    trainer = make_trainer(tmp_path, max_steps=5, callbacks=[preference], logger=logger, log_every_n_steps=1)
     trainer.fit(module, TinyData())
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     judged = [row for row in rows if row["tune/appeal_win_rate"]]

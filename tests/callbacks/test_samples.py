@@ -43,9 +43,7 @@ class Counter(LightningModule):
     def generate(self, prompts: Sequence[str], seeds: Iterable[int]) -> torch.Tensor:
         seeds = list(seeds)
         self.asked.append((self.global_step, list(prompts), seeds))
-        colours = [
-            (self.global_step, seed, len(prompt)) for seed, prompt in zip(seeds, prompts, strict=True)
-        ]
+        colours = [(self.global_step, seed, len(prompt)) for seed, prompt in zip(seeds, prompts, strict=True)]
         return to_images(np.asarray(colours, np.uint8)[:, None, None]).expand(-1, -1, 2, 2)
 
 

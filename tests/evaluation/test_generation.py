@@ -35,7 +35,8 @@ class Painter:
         seeds = list(seeds)
         self.calls.append((list(prompts), seeds))
         self.options.append(options)
-        colours = [[seed * 8, len(prompt), ord(prompt[-1])] for prompt, seed in zip(prompts, seeds, strict=True)]
+        pairs = zip(prompts, seeds, strict=True)
+        colours = [[seed * 8, len(prompt), ord(prompt[-1])] for prompt, seed in pairs]
         images = to_images(np.asarray(colours, np.uint8)[:, None, None])
         return images.expand(-1, -1, 4, 6)
 

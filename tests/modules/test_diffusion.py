@@ -244,9 +244,9 @@ class KeepWeights(Callback):
 def test_the_average_follows_every_optimizer_step(tmp_path: Path, accumulate: int) -> None:
     keep = KeepWeights()
     module = known_module(ema_decay=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    make_trainer(
-        tmp_path, max_steps=5, accumulate_grad_batches=accumulate, callbacks=[keep]
-    ).fit(module, TinyData())
+    make_trainer(tmp_path, max_steps=5, accumulate_grad_batches=accumulate, callbacks=[keep]).fit(
+        module, TinyData()
+    )
     assert len(keep.weights) == 5 * accumulate
     expected = 0.3
     for step in range(5):

@@ -53,10 +53,10 @@ def saved(trained: tuple[DiffusionModule, Path]) -> Path:
     "arguments",
     [
         {"in_pixels": False},
-        {"in_pixels": True, "process": RectifiedFlow(time_shift=2.0, time_sampling="logit_normal")},
-        {"in_pixels": True, "process": Diffusion("linear", 500, "x_0", min_snr_gamma=None), "ema_decay": None},
-        {"in_pixels": True, "denoiser": tiny_unet(use_size_condition=True, size_dim=8)},
-        {"in_pixels": True, "num_steps": 2, "guidance_scale": 1.0, "train_text_encoder": False},
+        {"process": RectifiedFlow(time_shift=2.0, time_sampling="logit_normal")},
+        {"process": Diffusion("linear", 500, "x_0", min_snr_gamma=None), "ema_decay": None},
+        {"denoiser": tiny_unet(use_size_condition=True, size_dim=8)},
+        {"num_steps": 2, "guidance_scale": 1.0, "train_text_encoder": False},
     ],
 )
 def test_a_folder_gives_the_same_generator(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -156,7 +156,8 @@ def flat(description: Any, prefix: str = "") -> dict[str, Any]:
     [("process.noise_offset", 0.1), ("text_dropout", 0.5), ("ema_decay", 0.9), ("num_steps", 2)],
 )
 def test_an_override_changes_just_that(saved, name: str, value: float) -> None:
-    before, after = flat(load_generator(saved).describe()), flat(load_generator(saved, {name: value}).describe())
+    before = flat(load_generator(saved).describe())
+    after = flat(load_generator(saved, {name: value}).describe())
     assert {key for key in after if before[key] != after[key]} == {name}
     assert after[name] == value
     assert flat(yaml.safe_load((saved / "generator.yaml").read_text())) == before  # the folder is as it was
@@ -232,7 +233,9 @@ def test_truncated_weights_are_named(saved, tmp_path: Path, keep: float) -> None
     assert "model.safetensors" in message and "truncated" in message
 
 
-@pytest.mark.parametrize("content", ["", "class_path: [", "a: b", "just text", "class_path: os.system\ninit_args: {}"])
+@pytest.mark.parametrize(
+    "content", ["", "class_path: [", "a: b", "just text", "class_path: os.system\ninit_args: {}"]
+)
 def test_a_description_that_is_none_is_refused(saved, tmp_path: Path, content: str) -> None:
     folder = copied(saved, tmp_path / "torn")
     (folder / "generator.yaml").write_text(content)
