@@ -46,7 +46,7 @@ from emu_lightning.resources import config_path
 from emu_lightning.verbs.train import EmuCLI
 
 TARGET = 1.03
-NUM_PICTURES = 512  # in the latent cache; a step takes the same time whatever they show
+NUM_PICTURES = 128  # in the latent cache; a step takes the same time whatever they show
 WITHOUT_BAR, WITH_BAR = "lightning", "lightning, progress bar"
 
 
@@ -187,6 +187,7 @@ def fit(folder: Path, options: list[str], steps: int, rounds: int) -> Benchmark:
         "data.latents_from": folder / "autoencoder",
         "data.cache_dir": folder / "cache",
         "data.pool_size": NUM_PICTURES,
+        "data.val_size": 32,
         "trainer.num_sanity_val_steps": 0,
         "trainer.max_steps": steps * (2 * rounds + 1),
     }

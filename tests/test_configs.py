@@ -16,6 +16,7 @@ import yaml
 from emu_lightning import cli
 from emu_lightning.models import Autoencoder
 from emu_lightning.modules import load_generator
+from emu_lightning.resources import shipped
 from tests.shipped import CONFIGS, RUN_CONFIGS, SIDE, TINY_MODEL, make_workplace, read, stage_of, tiny_options
 from tests.tiny import make_batch
 
@@ -84,3 +85,17 @@ def test_it_trains_two_tiny_steps_and_reloads(name: str, in_tmp_path: Path) -> N
         ["fit", "--config=run/config.yaml", "--run_dir=run", "--ckpt_path=last", "--trainer.max_steps=3"]
     )
     assert json.loads(Path("run/finished.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RUN_CONFIGS if stage_of(read(name)) == "QualityTuningModule"]
+)
+def test_quality_tuning_starts_from_a_base_that_travels_along(name: str, in_tmp_path: Path) -> None:
+    """From any folder, at most 16 MB, of the resolution that is trained on."""
+    config = read(name)
+    module, data = config["model"]["init_args"], config["data"]["init_args"]
+    generator = load_generator(module["init_from"], module["overrides"])
+    assert generator.process.noise_offset == 0.1  # the paper's
+    images = generator.generate(["a red ball in the snow"], [0], num_steps=2)
+    assert images.shape == (1, 3, data["resolution"], data["resolution"])
+    assert sum(file.stat().st_size for file in shipped(module["init_from"]).glob("*.safetensors")) <= 16e6

@@ -181,6 +181,23 @@ def _judge(run: Path, base: Path, settings: dict[str, Any], device: str, started
         ],
         sections=[
             report.Section(
+                "Fact by fact",
+                [
+                    report.table(
+                        ["fact", "base", "tuned"],
+                        [
+                            [
+                                fact,
+                                *(report.percent(figures[name]["facts"][fact]) for name in ("base", "tuned")),
+                            ]
+                            for fact in figures["base"]["facts"]
+                        ],
+                        caption="Share of the prompts naming a fact whose picture shows it.",
+                    )
+                ],
+                "Half of the places right is what guessing between left and right gives.",
+            ),
+            report.Section(
                 "The stop", _curves(run, chosen["step"]), "Chosen by evaluation, never by the loss."
             ),
             report.Section(

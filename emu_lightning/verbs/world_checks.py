@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from emu_lightning.data import World
 from emu_lightning.evaluation.generation import to_images
-from emu_lightning.evaluation.judge import Reading, WorldJudge, shows_all_three
+from emu_lightning.evaluation.judge import Reading, WorldJudge, facts_of, shows_all_three
 from emu_lightning.evaluation.votes import wilson_ci95
 
 SIZE = 64
@@ -62,9 +62,21 @@ def judge_figures(num: int = 500, seed: int = 901) -> dict[str, float]:
 
 
 def share_all_three(readings: list[Reading], prompts: list[str]) -> dict[str, Any]:
-    """Share of prompts whose picture shows subject, colour and background, with Wilson's 95 % interval."""
+    """Share of prompts whose picture shows subject, colour and background, with Wilson's 95 % interval.
+
+    ``facts`` has the share for each fact alone, place included, among the prompts that name it.
+    """
+    right: dict[str, list[bool]] = {}
+    for reading, prompt in zip(readings, prompts, strict=True):
+        for fact, name in facts_of(prompt).items():
+            right.setdefault(fact, []).append(getattr(reading, fact) == name)
     share = float(np.mean([shows_all_three(*pair) for pair in zip(readings, prompts, strict=True)]))
-    return {"faithfulness": share, "ci95": list(wilson_ci95(share, len(prompts))), "prompts": len(prompts)}
+    return {
+        "faithfulness": share,
+        "ci95": list(wilson_ci95(share, len(prompts))),
+        "prompts": len(prompts),
+        "facts": {fact: float(np.mean(answers)) for fact, answers in right.items()},
+    }
 
 
 @torch.no_grad()
