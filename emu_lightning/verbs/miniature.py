@@ -76,7 +76,7 @@ def miniature(run_dir: str = "runs/miniature", out: str | None = None, device: s
 
 def _card(figures: dict[str, Any]) -> str:
     pretrained, autoencoder = figures["pretrained"], figures["autoencoder"]
-    low, high = pretrained["ci95"]
+    share, (low, high) = pretrained["faithfulness"], pretrained["ci95"]
     facts = ", ".join(f"{fact} {share:.1%}" for fact, share in pretrained["facts"].items())
     megabytes, psnr = figures["bytes"] / 1e6, autoencoder["psnr_db"]
     minutes = {stage: seconds / 60 for stage, seconds in figures["seconds"].items()}
@@ -94,14 +94,17 @@ quality-tuned by `emu quickstart`. It draws what a caption says and shoots it li
 | command | `make miniature`, seed {figures["seed"]} |
 | time | autoencoder {minutes["autoencoder"]:.0f} min, U-Net {minutes["diffusion"]:.0f} min |
 | machine | {figures["machine"]}; {figures["date"]}; {figures["versions"]} |
-| autoencoder | {psnr:.1f} dB PSNR on {autoencoder["pictures"]} pictures of triples it never saw |
-| faithfulness | subject, colour and background all right in {pretrained["faithfulness"]:.1%} \
-({low:.1%} to {high:.1%}) of {pretrained["prompts"]} captions of triples it never saw |
+| autoencoder | {psnr:.1f} dB PSNR on {autoencoder["pictures"]} held-out pictures |
+| faithfulness | {share:.1%} ({low:.1%} to {high:.1%}) of {pretrained["prompts"]} held-out captions: \
+subject, colour and background all right |
 | fact by fact | {facts} |
 | sha256 | `{figures["sha256"]}` |
 
-It knows six shapes, six colours, five backgrounds and two styles, and nothing else. Half of the places right is
-guessing between left and right: its U-Net has no sense of absolute position. Licence: Apache-2.0.
+Held out are combinations of subject, colour and background that no training draws.
+
+It knows six shapes, six colours, five backgrounds and two styles, and nothing else. Half of the places right
+is guessing between left and right; that its U-Net has no positional encoding is the likely cause, not a
+tested one. Licence: Apache-2.0.
 """
 
 
