@@ -3,8 +3,8 @@
 A :class:`Scene` is *what* is there (subject, colour, background, place, style) and is what the caption says.
 A :class:`Hand` is *how* it was shot (placement, size, exposure, contrast, depth of field, clutter, noise,
 overlaid text, low resolution) and is never in the caption. A skilled photographer's hand is a narrow range
-of the ordinary one, so a pool holds some pictures that are well shot and many that are not: quality-tuning
-has to find and learn that difference.
+of good choices, which the ordinary hand makes only by chance. So a pool holds a few pictures that are well
+shot and many that are not: quality-tuning has to find and learn that difference.
 
 Nothing here is known to :mod:`emu_lightning.evaluation.judge`, which reads the same facts off the pixels.
 """

@@ -2,7 +2,14 @@
 
 from emu_lightning.modules.autoencoder import AutoencoderModule
 from emu_lightning.modules.diffusion import DiffusionModule
-from emu_lightning.modules.generator import Generator, load_generator
+from emu_lightning.modules.generator import Generator, load_generator, weights_sha256
 from emu_lightning.modules.quality_tuning import QualityTuningModule
 
-__all__ = ["AutoencoderModule", "DiffusionModule", "Generator", "QualityTuningModule", "load_generator"]
+__all__ = [
+    "AutoencoderModule",
+    "DiffusionModule",
+    "Generator",
+    "QualityTuningModule",
+    "load_generator",
+    "weights_sha256",
+]

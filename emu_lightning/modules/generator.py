@@ -7,6 +7,7 @@ same description, so that either can be loaded by :func:`load_generator` without
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -230,6 +231,13 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
     return generator
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Hash of a generator's weights file: pictures by other weights of the same name are told apart by it."""
+    path = shipped(path)
+    with (path / WEIGHTS_FILE if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:

@@ -36,7 +36,7 @@ def evaluate(
     from emu_lightning.evaluation.generation import generate_folder, read_folder
     from emu_lightning.evaluation.prompts import read_lines
     from emu_lightning.evaluation.report import write_report
-    from emu_lightning.modules import load_generator
+    from emu_lightning.modules import load_generator, weights_sha256
     from emu_lightning.verbs.stages import torch_device
 
     pictures = {}
@@ -58,7 +58,7 @@ def evaluate(
                 texts,
                 seeds,
                 Path(out) / name,
-                settings={"model": path},
+                settings={"weights": weights_sha256(path)},
                 batch_size=batch_size,
                 description=f"pictures of {name}",
             )

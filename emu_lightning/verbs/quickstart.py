@@ -113,7 +113,7 @@ def _judge(run: Path, base: Path, settings: dict[str, Any], device: str, started
     from emu_lightning.evaluation.comparison_page import comparison_page, environment
     from emu_lightning.evaluation.generation import generate_folder, write_png
     from emu_lightning.evaluation.judge import WorldJudge, facts_of
-    from emu_lightning.modules import load_generator
+    from emu_lightning.modules import load_generator, weights_sha256
     from emu_lightning.verbs.stages import peak_memory_gb, torch_device
     from emu_lightning.verbs.world_checks import (
         autoencoder_psnr,
@@ -124,13 +124,22 @@ def _judge(run: Path, base: Path, settings: dict[str, Any], device: str, started
         world_pictures,
     )
 
+    if not (run / "tuning" / "chosen.json").is_file():
+        raise ValueError(
+            f"no iteration was faithful enough to be chosen: see {run / 'tuning' / 'preference.jsonl'}"
+        )
     prompts = held_out_prompts(settings["prompts"])
     seeds = range(len(prompts))
     pictures, figures = {}, {}
     for name, path in {"base": base, "tuned": run / "tuning" / "chosen"}.items():
         generator = load_generator(path).to(torch_device(device)).eval()
         pictures[name] = generate_folder(
-            generator, prompts, seeds, run / name, settings={"model": name}, description=f"pictures of {name}"
+            generator,
+            prompts,
+            seeds,
+            run / name,
+            settings={"weights": weights_sha256(path)},
+            description=f"pictures of {name}",
         )
         figures[name] = share_all_three(read_all(pictures[name], f"reading {name}"), prompts)
     result = compare(WorldJudge(), pictures["base"], pictures["tuned"], prompts)
@@ -153,9 +162,10 @@ def _judge(run: Path, base: Path, settings: dict[str, Any], device: str, started
     selected = set(json.loads((run / "selection.json").read_text())["uids"])
     pool = World(num_images=settings["pool"], seed=POOL_SEED)
     facts = [facts_of(prompt) for prompt in prompts]
+    num_shown = min(12, len(selected))
     examples = {
-        "pool": world_pictures(World(num_images=12, seed=POOL_SEED))[0],
-        "selected": _pictures_of(pool, selected, 12),
+        "pool": world_pictures(World(num_images=num_shown, seed=POOL_SEED))[0],
+        "selected": _pictures_of(pool, selected, num_shown),
     }
     page = comparison_page(
         "Quality-tuning in miniature",
@@ -202,7 +212,7 @@ def _judge(run: Path, base: Path, settings: dict[str, Any], device: str, started
             ),
             report.Section(
                 "What it was tuned on",
-                [report.figure_grid(examples, [f"example {i + 1}" for i in range(12)])],
+                [report.figure_grid(examples, [f"example {i + 1}" for i in range(num_shown)])],
                 f"{len(selected)} of {len(pool)} pictures, those the judge finds most appealing. "
                 "The same judge decides the result, as in the paper people did both.",
             ),

@@ -35,7 +35,7 @@ def sample(
     from emu_lightning.callbacks.samples import picture_grid
     from emu_lightning.evaluation.generation import generate_folder, write_png
     from emu_lightning.evaluation.prompts import read_lines
-    from emu_lightning.modules import load_generator
+    from emu_lightning.modules import load_generator, weights_sha256
     from emu_lightning.verbs.stages import torch_device
 
     if (prompts is None) == (prompts_file is None):
@@ -45,7 +45,7 @@ def sample(
     texts = prompts if prompts is not None else list(read_lines(str(prompts_file)).prompts)
     path = model or str(miniature_path())
     generator = load_generator(path).to(torch_device(device)).eval()
-    settings = {"model": path, "num_steps": num_steps, "guidance_scale": guidance_scale}
+    settings = {"weights": weights_sha256(path), "num_steps": num_steps, "guidance_scale": guidance_scale}
     pictures = generate_folder(
         generator, texts, range(seed, seed + len(texts)), out, settings=settings, batch_size=batch_size
     )
