@@ -41,7 +41,7 @@ from emu_lightning.data.sampler import ResumableBatchSampler
 from emu_lightning.evaluation.comparison_page import environment
 from emu_lightning.models import Autoencoder
 from emu_lightning.modules import DiffusionModule
-from emu_lightning.processes.seeding import generator_for
+from emu_lightning.processes.seeding import generators_for
 from emu_lightning.resources import config_path
 from emu_lightning.verbs.train import EmuCLI
 
@@ -84,7 +84,7 @@ class BareLoop:
                 value = getattr(batch, each.name)
                 if isinstance(value, Tensor):
                     setattr(batch, each.name, value.to(self.device))
-            rng = generator_for(self.module._seed, batch.position, 0, self.device)
+            rng = generators_for(self.module._seed, batch.positions, self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bfloat16):
                 loss = self.module.loss(batch, rng)
             self.optimizer.zero_grad()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Embeddings = dict[str, Tensor]  # what frozen text encoders make of B texts: every tensor is (B, ...)
+
 
 @dataclass
 class Batch:
@@ -20,12 +22,14 @@ class Batch:
         images: (B, 3, H, W) float in [-1, 1], or None when `latents` are given.
         latents: (B, C, h, w) normalised latents, or None when `images` are given.
         texts: B captions.
+        embeddings: of `texts`, where they are cached.
+        empty_embeddings: of the text "", (1, ...) each, given together with `embeddings`: dropped captions.
         original_size: (B, 2) int64, height and width in pixels before resizing.
         crop: (B, 2) int64, top and left of the crop in the resized picture, in pixels.
         target_size: (B, 2) int64, height and width in pixels of what is learned.
         uids: B names, unique within the source.
-        position: index, in the endless global stream of training samples, of this batch's first sample;
-            noise and augmentation are functions of (seed, position).
+        position: index, in the endless global stream of training samples, of this batch's first sample; the
+            others follow it. Noise and augmentation of a sample are functions of (seed, its position).
         broken: names of the files skipped while making this batch.
     """
 
@@ -38,9 +42,16 @@ class Batch:
     uids: list[str]
     position: int = 0
     broken: list[str] = field(default_factory=list)
+    embeddings: Embeddings | None = None
+    empty_embeddings: Embeddings | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def positions(self) -> range:
+        """The place of each sample in the endless global stream."""
+        return range(self.position, self.position + len(self))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by DataLoader when it pins."""
@@ -48,6 +59,8 @@ class Batch:
             value = getattr(self, each.name)
             if isinstance(value, Tensor):
                 setattr(self, each.name, value.pin_memory())
+            elif isinstance(value, dict):
+                setattr(self, each.name, {name: tensor.pin_memory() for name, tensor in value.items()})
         return self
 
 
@@ -55,7 +68,8 @@ def collate(batches: Sequence[Batch]) -> Batch:
     """Join batches along B; the position is that of the first.
 
     Args:
-        batches: at least one, all with images or all with latents, of equal (C, H, W).
+        batches: at least one, all with images or all with latents, of equal (C, H, W); without embeddings,
+            which a dataset adds to whole batches.
     """
     if len(batches) == 1:
         return batches[0]

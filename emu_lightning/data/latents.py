@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from filelock import FileLock
@@ -102,7 +102,7 @@ class LatentPictures(Dataset[Batch]):
     def __getitems__(self, places: Sequence[Place]) -> list[Batch]:
         """One batch of all `places`; DataLoader prefers this to asking one by one."""
         indices = [index for _, index in places]
-        tensors = {name: tensor[indices] for name, tensor in self.tensors.items()}
+        tensors: dict[str, Any] = {name: tensor[indices] for name, tensor in self.tensors.items()}
         return [
             Batch(
                 images=None,

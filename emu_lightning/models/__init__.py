@@ -4,9 +4,10 @@ from emu_lightning.models.autoencoder import Autoencoder, load_autoencoder
 from emu_lightning.models.discriminator import PatchDiscriminator
 from emu_lightning.models.ema import EMA
 from emu_lightning.models.fourier import FourierFeatures
+from emu_lightning.models.frozen import Frozen
 from emu_lightning.models.perceptual import FeatureNetwork, PooledFeatures, RandomFeatures, TimmFeatures
 from emu_lightning.models.pretrained import Pretrained
-from emu_lightning.models.text import SmallTextEncoder, Text, TextEncoder
+from emu_lightning.models.text import FrozenTextEncoder, SmallTextEncoder, Text, TextEncoder
 from emu_lightning.models.unet import UNet
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Autoencoder",
     "FeatureNetwork",
     "FourierFeatures",
+    "Frozen",
+    "FrozenTextEncoder",
     "PatchDiscriminator",
     "PooledFeatures",
     "Pretrained",

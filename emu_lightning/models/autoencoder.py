@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from emu_lightning.models.fourier import FourierFeatures
 from emu_lightning.models.pretrained import Pretrained
 
+Rng = torch.Generator | list[torch.Generator]
+
 
 class Autoencoder(Pretrained):
     """diffusers' `AutoencoderKL` behind Fourier features, with the latents' shift and scale beside its
@@ -103,14 +105,12 @@ class Autoencoder(Pretrained):
             )
         return self.kl.encode(self.fourier(images)).latent_dist
 
-    def forward(
-        self, images: Tensor, rng: torch.Generator | None = None
-    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
+    def forward(self, images: Tensor, rng: Rng | None = None) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Encodes and decodes.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            rng: draws the posterior's noise; None takes its mean.
+            rng: draws the posterior's noise, one generator or one a sample; None takes its mean.
 
         Returns:
             The reconstructions (B, 3, H, W), not clamped, and the posterior.
@@ -119,7 +119,7 @@ class Autoencoder(Pretrained):
         sample = posterior.mode() if rng is None else posterior.sample(rng)
         return self.kl.decode(sample).sample, posterior
 
-    def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) of zero mean and unit variance per channel.
 
         Takes the posterior's mean, or a sample of it where `rng` is given.
@@ -191,6 +191,9 @@ def _start_near_linear(kl: AutoencoderKL) -> None:
             nn.init.zeros_(module.conv2.weight)
     log_variance = slice(kl.config.latent_channels, None)  # the second half of the moments
     nn.init.constant_(kl.quant_conv.bias[log_variance], -6.0)
+    if kl.config.in_channels > 3:  # Fourier features are not linear in the picture: the start is that of RGB
+        nn.init.kaiming_normal_(kl.encoder.conv_in.weight[:, :3], nonlinearity="linear")
+        nn.init.zeros_(kl.encoder.conv_in.weight[:, 3:])
     with torch.no_grad():
         kl.quant_conv.weight[log_variance] *= 0.1
 

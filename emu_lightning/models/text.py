@@ -57,6 +57,30 @@ class TextEncoder(nn.Module, ABC):
         """Embeds B texts, each independently of the others in the batch."""
 
 
+class FrozenTextEncoder(TextEncoder):
+    """A text encoder in two halves: frozen networks, whose work can be cached, and what reads it.
+
+    The first half lies in `models.Frozen`: it is not trained, saved or sharded with the rest, and not even
+    loaded where embeddings come from a cache.
+    """
+
+    @abstractmethod
+    def embed(self, texts: list[str]) -> dict[str, Tensor]:
+        """What the frozen networks make of B texts, without gradient: named tensors (B, ...) whose sizes do
+        not depend on the texts."""
+
+    @abstractmethod
+    def read(self, embeddings: dict[str, Tensor]) -> Text:
+        """`Text` of what :meth:`embed` gave, in whatever precision; may hold trained weights."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identity of everything that :meth:`embed` depends on: weights, tokenizers, lengths."""
+
+    def forward(self, texts: list[str]) -> Text:
+        return self.read(self.embed(texts))
+
+
 class SmallTextEncoder(TextEncoder, Pretrained):
     """A small transformer over CLIP's tokens, to be trained together with the denoiser; needs no download.
 

@@ -32,7 +32,7 @@ from emu_lightning.models import (
     PooledFeatures,
     RandomFeatures,
 )
-from emu_lightning.processes.seeding import generator_for
+from emu_lightning.processes.seeding import generators_for
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class AutoencoderModule(LightningModule):
     stays 1.
 
     Lightning's `global_step`, and so `max_steps`, checkpoint names and the x-axis of the logs, counts steps
-    of the autoencoder only. Randomness is a function of (seed, batch.position, rank), so that a resumed run
+    of the autoencoder only. Randomness is a function of (seed, each sample's position), so that a resumed run
     repeats the uninterrupted one.
 
     Args:
@@ -126,7 +126,7 @@ class AutoencoderModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         images = images_of(batch)
-        rng = generator_for(self.seed, batch.position, self.global_rank, self.device)
+        rng = generators_for(self.seed, batch.positions, self.device)
         reconstructions, posterior = self.autoencoder(images, rng)
         critic = self.discriminator if self.global_step >= self.adversarial_start else None
 

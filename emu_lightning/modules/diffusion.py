@@ -9,9 +9,29 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from emu_lightning.data.batch import Batch
-from emu_lightning.models import EMA, Autoencoder, TextEncoder, UNet
+from emu_lightning.models import EMA, Autoencoder, FrozenTextEncoder, Text, TextEncoder, UNet
 from emu_lightning.modules.generator import Description, Generator, describe
 from emu_lightning.processes import Process, guided
+from emu_lightning.processes.seeding import Rng, uniform
+
+
+def encode_text(encoder: TextEncoder, batch: Batch, is_dropped: Tensor) -> Text:
+    """Text of a batch, "" where ``is_dropped`` (B,) says so, from cached embeddings where there are any."""
+    if batch.embeddings is None:
+        dropped = is_dropped.tolist()
+        return encoder(["" if drop else text for text, drop in zip(batch.texts, dropped, strict=True)])
+    if not isinstance(encoder, FrozenTextEncoder) or batch.empty_embeddings is None:
+        raise ValueError(
+            f"cached text embeddings are of no use to {type(encoder).__name__}, which is trained: "
+            "leave data.cache_text out"
+        )
+    mixed = {
+        name: torch.where(is_dropped.to(value.device).view(-1, *[1] * (value.ndim - 1)), empty, value)
+        for (name, value), empty in zip(
+            batch.embeddings.items(), batch.empty_embeddings.values(), strict=True
+        )
+    }
+    return encoder.read(mixed)
 
 
 class DiffusionModule(Generator):
@@ -61,10 +81,10 @@ class DiffusionModule(Generator):
 
     # --- training -------------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+    def loss(self, batch: Batch, rng: Rng) -> Tensor:
         """Weighted mean squared error of the prediction."""
         x_0 = self._latents(batch, rng)
-        text = self.text_encoder(self._drop(batch.texts, rng))
+        text = encode_text(self.text_encoder, batch, uniform(len(batch), rng) < self.text_dropout)
         t = self.process.sample_t(len(x_0), rng, x_0.device)
         noise = self.process.noise_like(x_0, rng)
         x_t = self.process.corrupt(x_0, noise, t)
@@ -74,7 +94,7 @@ class DiffusionModule(Generator):
         error = (prediction.float() - self.process.target(x_0, noise, t)).square().mean((1, 2, 3))
         return (self.process.loss_weight(t) * error).mean()
 
-    def _latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
+    def _latents(self, batch: Batch, rng: Rng) -> Tensor:
         if batch.latents is not None:
             return batch.latents
         assert batch.images is not None  # a batch holds one of the two
@@ -82,10 +102,6 @@ class DiffusionModule(Generator):
             return batch.images
         with torch.no_grad():
             return self.autoencoder.encode(batch.images, rng).float()
-
-    def _drop(self, texts: Sequence[str], rng: torch.Generator) -> list[str]:
-        draws = torch.rand(len(texts), generator=rng, device=rng.device).tolist()
-        return ["" if draw < self.text_dropout else text for text, draw in zip(texts, draws, strict=True)]
 
     def train(self, mode: bool = True) -> DiffusionModule:
         super().train(mode)

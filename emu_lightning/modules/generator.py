@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from emu_lightning.data.batch import Batch
 from emu_lightning.files import write_whole
-from emu_lightning.processes.seeding import generator_for
+from emu_lightning.processes.seeding import Rng, generators_for
 from emu_lightning.resources import shipped
 
 Description = dict[str, Any]  # {"class_path": ..., "init_args": {...}}, nested
@@ -32,7 +32,7 @@ DESCRIPTION_FILE, WEIGHTS_FILE = "generator.yaml", "model.safetensors"
 
 
 class Trainable(LightningModule, ABC):
-    """A LightningModule whose loss is a pure function of weights, batch and (seed, batch position, rank).
+    """A LightningModule whose loss is a pure function of weights, samples and (seed, each sample's position).
 
     The generator itself and its quality-tuning train in the same way; they differ in where the weights come
     from. After every optimizer step the average of the weights moves, inside the step, so that a checkpoint
@@ -58,11 +58,10 @@ class Trainable(LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] for the batch's texts."""
-        return self.generator.generate(batch.texts, range(batch.position, batch.position + len(batch.texts)))
+        return self.generator.generate(batch.texts, batch.positions)
 
     def _step(self, batch: Batch, stage: str) -> Tensor:
-        rng = generator_for(self._seed, batch.position, self.global_rank, self.device)
-        loss = self.generator.loss(batch, rng)
+        loss = self.generator.loss(batch, generators_for(self._seed, batch.positions, self.device))
         self.log(
             f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=stage != "train"
         )
@@ -93,8 +92,8 @@ class Generator(Trainable):
         return self
 
     @abstractmethod
-    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """The training loss, a scalar. All randomness comes from ``rng``."""
+    def loss(self, batch: Batch, rng: Rng) -> Tensor:
+        """The training loss, a mean over the batch. All randomness comes from ``rng``."""
 
     @abstractmethod
     def generate(

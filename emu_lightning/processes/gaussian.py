@@ -15,10 +15,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from emu_lightning.processes.seeding import Rng, integers, normal, uniform
+
 Prediction = Literal["noise", "velocity", "x_0"]
 Schedule = Literal["cosine", "linear", "scaled_linear"]
-Rng = torch.Generator | list[torch.Generator]  # a list holds one generator per sample of the batch
-
 # our words -> diffusers' words (beta_end is not used by the cosine schedule)
 _DIFFUSERS_PREDICTION = {"noise": "epsilon", "velocity": "v_prediction", "x_0": "sample"}
 _DIFFUSERS_SCHEDULE: dict[str, dict[str, Any]] = {
@@ -162,7 +162,7 @@ class Process(ABC):
         self.noise_offset = noise_offset
 
     @abstractmethod
-    def sample_t(self, batch_size: int, rng: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    def sample_t(self, batch_size: int, rng: Rng, device: torch.device | str = "cpu") -> Tensor:
         """Training times (B,) in [0, 1], float32, drawn on the generator's device and moved to `device`."""
 
     @abstractmethod
@@ -321,9 +321,8 @@ class Diffusion(Process):
         alpha, sigma = self.alpha_sigma(t)
         return (alpha / sigma).square().flatten()
 
-    def sample_t(self, batch_size: int, rng: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-        timesteps = torch.randint(self.num_timesteps, (batch_size,), generator=rng, device=rng.device)
-        return (timesteps / self.num_timesteps).to(device)
+    def sample_t(self, batch_size: int, rng: Rng, device: torch.device | str = "cpu") -> Tensor:
+        return (integers(self.num_timesteps, batch_size, rng) / self.num_timesteps).to(device)
 
     def corrupt(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(t)
@@ -399,11 +398,11 @@ class RectifiedFlow(Process):
         self.time_shift = time_shift
         self.time_sampling: Literal["uniform", "logit_normal"] = time_sampling
 
-    def sample_t(self, batch_size: int, rng: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    def sample_t(self, batch_size: int, rng: Rng, device: torch.device | str = "cpu") -> Tensor:
         if self.time_sampling == "uniform":
-            t = torch.rand(batch_size, generator=rng, device=rng.device)
+            t = uniform(batch_size, rng)
         else:
-            t = torch.randn(batch_size, generator=rng, device=rng.device).sigmoid()
+            t = normal(batch_size, rng).sigmoid()
         return (self.time_shift * t / (1 + (self.time_shift - 1) * t)).to(device)
 
     def corrupt(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -1,12 +1,18 @@
 """Randomness as a function of place, not of history.
 
-A step's noise comes from ``(seed, position, rank)``, so a run that was killed and resumed, or that sees its
-batches from other workers, draws exactly what the uninterrupted run drew.
+A sample's noise comes from ``(seed, position)``, its place in the global stream of training samples. So a
+run that was killed and resumed, that gets its batches from other workers, or that is spread over another
+number of processes or accumulated batches, draws for each sample what the uninterrupted single process drew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
+from torch import Tensor
+
+Rng = torch.Generator | list[torch.Generator]  # a list holds one generator per sample of the batch
 
 _MASK = (1 << 64) - 1
 
@@ -24,19 +30,51 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def generator_for(
-    seed: int, position: int, rank: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """Makes the random generator of one batch.
+def generator_for(seed: int, position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Makes the random generator of one sample.
 
     Args:
         seed: the run's seed.
-        position: global index of the batch's first sample (`Batch.position`).
-        rank: process index; ranks draw different noise.
+        position: index of the sample in the global stream (`Batch.position` is that of a batch's first).
         device: where the numbers are drawn. CPU and CUDA draw different numbers from one seed.
 
     Returns:
         A fresh generator. Neighbouring arguments give unrelated streams: torch's CPU generator keeps only the
         low 32 bits of its seed, so the arguments are hashed, never added.
     """
-    return torch.Generator(device).manual_seed(mix(mix(mix(seed) ^ position) ^ rank))
+    return torch.Generator(device).manual_seed(mix(mix(seed) ^ position))
+
+
+def generators_for(
+    seed: int, positions: Iterable[int], device: torch.device | str = "cpu"
+) -> list[torch.Generator]:
+    """One :func:`generator_for` per sample."""
+    return [generator_for(seed, position, device) for position in positions]
+
+
+def draw(make: Callable[[int, torch.Generator], Tensor], num: int, rng: Rng) -> Tensor:
+    """`num` random values.
+
+    Args:
+        make: (number, generator) -> values (number, ...).
+        num: how many.
+        rng: one generator, or a list of `num`, each of which then makes one value.
+    """
+    return torch.cat([make(1, each) for each in rng]) if isinstance(rng, list) else make(num, rng)
+
+
+def uniform(num: int, rng: Rng) -> Tensor:
+    """(num,) float32, uniform in [0, 1), on the generator's device."""
+    return draw(lambda n, generator: torch.rand(n, generator=generator, device=generator.device), num, rng)
+
+
+def normal(num: int, rng: Rng) -> Tensor:
+    """(num,) float32, standard normal, on the generator's device."""
+    return draw(lambda n, generator: torch.randn(n, generator=generator, device=generator.device), num, rng)
+
+
+def integers(high: int, num: int, rng: Rng) -> Tensor:
+    """(num,) int64, uniform in 0 ... high - 1, on the generator's device."""
+    return draw(
+        lambda n, generator: torch.randint(high, (n,), generator=generator, device=generator.device), num, rng
+    )

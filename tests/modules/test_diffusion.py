@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ from diffusers import DDIMScheduler
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from emu_lightning.data.batch import Batch
 from emu_lightning.models import SmallTextEncoder, Text, TextEncoder
 from emu_lightning.modules import DiffusionModule
 from emu_lightning.processes import Diffusion, RectifiedFlow
-from emu_lightning.processes.seeding import generator_for
+from emu_lightning.processes.seeding import generator_for, generators_for
 from tests.tiny import TinyData, make_batch, make_trainer, tiny_autoencoder, tiny_generator, tiny_unet
 
 
@@ -142,8 +144,25 @@ def test_the_loss_is_a_function_of_weights_seed_and_position() -> None:
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
 
 
-def test_training_draws_by_seed_position_and_rank(tmp_path: Path) -> None:
-    """What the trainer minimises is `loss` with the generator of the batch's position."""
+@pytest.mark.parametrize("in_pixels", [True, False])
+def test_the_loss_of_a_batch_is_the_mean_of_its_halves(in_pixels: bool) -> None:
+    """So that processes and accumulated batches may share a batch: a sample's noise is its own."""
+    module = tiny_generator(in_pixels=in_pixels, process=Diffusion(noise_offset=0.1), text_dropout=0.5)
+    batch = make_batch(8, size=4)
+
+    def part(start: int, stop: int) -> Batch:
+        names = ("images", "texts", "original_size", "crop", "target_size", "uids")
+        return replace(batch, position=8 + start, **{n: getattr(batch, n)[start:stop] for n in names})
+
+    losses = [
+        module.loss(part(*piece), generators_for(5, range(8 + piece[0], 8 + piece[1])))
+        for piece in ((0, 4), (0, 2), (2, 4))
+    ]
+    assert losses[0].item() == pytest.approx((losses[1] + losses[2]).item() / 2, rel=1e-6)
+
+
+def test_training_draws_by_seed_and_position(tmp_path: Path) -> None:
+    """What the trainer minimises is `loss` with the generators of the samples' positions."""
     losses = []
 
     class Keep(Callback):
@@ -154,7 +173,7 @@ def test_training_draws_by_seed_position_and_rank(tmp_path: Path) -> None:
     module._seed = 17
     make_trainer(tmp_path, max_steps=3, callbacks=[Keep()]).fit(module, TinyData())
     module.train()
-    expected = [module.loss(make_batch(p), generator_for(17, p)).item() for p in (0, 4, 8)]
+    expected = [module.loss(make_batch(p), generators_for(17, range(p, p + 4))).item() for p in (0, 4, 8)]
     assert losses == expected and len(set(expected)) == 3
 
 

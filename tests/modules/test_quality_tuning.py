@@ -16,7 +16,7 @@ from emu_lightning import modules
 from emu_lightning.data.batch import Batch
 from emu_lightning.modules import QualityTuningModule, load_generator, quality_tuning
 from emu_lightning.modules.generator import Description, Generator
-from emu_lightning.processes.seeding import generator_for
+from emu_lightning.processes.seeding import generator_for, generators_for
 from tests.tiny import TinyData, make_batch, make_trainer, tiny_generator
 
 PROMPTS, SEEDS = ["a red ball in the snow", "a star"], [3, 4]
@@ -33,8 +33,8 @@ class Colour(Generator):
         self.average: Tensor
         self.register_buffer("average", torch.zeros(3))
 
-    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        target = batch.images.mean((0, 2, 3)) + 0.01 * torch.randn(3, generator=rng)
+    def loss(self, batch: Batch, rng: list[torch.Generator]) -> Tensor:
+        target = batch.images.mean((0, 2, 3)) + 0.01 * torch.randn(3, generator=rng[0])
         return (self.colour - target).square().sum()
 
     def generate(
@@ -94,7 +94,7 @@ def test_what_it_minimises_is_the_generators_own_loss(start: Path, tmp_path: Pat
     module = tuning(start, seed=5, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     make_trainer(tmp_path, max_steps=2, callbacks=[Keep()]).fit(module, TinyData())
     generator = load_generator(start).train()
-    expected = [generator.loss(make_batch(p), generator_for(5, p)).item() for p in (0, 4)]
+    expected = [generator.loss(make_batch(p), generators_for(5, range(p, p + 4))).item() for p in (0, 4)]
     assert losses == expected
 
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import pytest
 import torch
 
-from emu_lightning.processes.seeding import generator_for, mix
+from emu_lightning.processes.seeding import generator_for, generators_for, integers, mix, normal, uniform
 
 
 def test_mix_is_splitmix64() -> None:
@@ -12,13 +16,21 @@ def test_mix_is_splitmix64() -> None:
     assert mix(1234567 + 0x9E3779B97F4A7C15) == 3203168211198807973
 
 
-def test_noise_is_a_function_of_seed_position_and_rank() -> None:
+def test_noise_is_a_function_of_seed_and_position() -> None:
     draw = lambda *where: torch.randn(8, generator=generator_for(*where))  # noqa: E731
-    assert torch.equal(draw(1, 64, 0), draw(1, 64, 0))
-    others = [
-        draw(*where) for where in [(1, 64, 0), (2, 64, 0), (1, 65, 0), (1, 64, 1), (64, 1, 0), (0, 64, 1)]
-    ]
+    assert torch.equal(draw(1, 64), draw(1, 64))
+    others = [draw(*where) for where in [(1, 64), (2, 64), (1, 65), (64, 1), (0, 64)]]
     assert len({tuple(noise.tolist()) for noise in others}) == len(others)
+
+
+@pytest.mark.parametrize("make", [uniform, normal, partial(integers, 1000)])
+def test_a_sample_draws_the_same_in_every_batch(make: Any) -> None:
+    """Split over two processes, the values are those of one."""
+    whole = make(8, generators_for(3, range(40, 48)))
+    halves = [make(4, generators_for(3, range(start, start + 4))) for start in (40, 44)]
+    assert torch.equal(whole, torch.cat(halves))
+    assert len(set(whole.tolist())) == 8
+    assert make(1, generator_for(3, 40)) == whole[0]
 
 
 def test_neighbouring_positions_are_unrelated() -> None:
@@ -29,5 +41,5 @@ def test_neighbouring_positions_are_unrelated() -> None:
 
 
 def test_seeds_stay_apart_in_the_32_bits_that_torch_uses() -> None:
-    low = {mix(mix(mix(0) ^ position) ^ rank) & 0xFFFFFFFF for position in range(5000) for rank in range(4)}
+    low = {mix(mix(seed) ^ position) & 0xFFFFFFFF for position in range(5000) for seed in range(4)}
     assert len(low) > 20_000 - 3  # 20000 random 32-bit numbers collide 0.05 times on average
