@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -19,47 +19,14 @@ from emu_lightning.processes.seeding import Rng, integers, normal, uniform
 
 Prediction = Literal["noise", "velocity", "x_0"]
 Schedule = Literal["cosine", "linear", "scaled_linear"]
-# our words -> diffusers' words (beta_end is not used by the cosine schedule)
+# our words -> diffusers' words. cosine: Nichol & Dhariwal 2021, eq. 17. linear: Ho et al. 2020, section 4.
+# scaled_linear, linear in the root: latent diffusion, SDXL.
 _DIFFUSERS_PREDICTION = {"noise": "epsilon", "velocity": "v_prediction", "x_0": "sample"}
 _DIFFUSERS_SCHEDULE: dict[str, dict[str, Any]] = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
 }
-
-
-# ---- schedules: betas (T,) in float64; alpha_t**2 = cumprod(1 - beta) ----
-
-
-def cosine_betas(num_timesteps: int) -> Tensor:
-    """Betas whose signal follows a squared cosine, capped at 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
-    time = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
-    alpha_squared = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
-    return (1 - alpha_squared[1:] / alpha_squared[:-1]).clamp(max=0.999)
-
-
-def linear_betas(num_timesteps: int) -> Tensor:
-    """Betas from 1e-4 to 0.02 (Ho et al. 2020, section 4; made for 1000 timesteps)."""
-    return torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
-
-
-def scaled_linear_betas(num_timesteps: int) -> Tensor:
-    """Betas from 0.00085 to 0.012, linear in the root (latent diffusion, SDXL; made for 1000 timesteps)."""
-    return torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64) ** 2
-
-
-_BETAS = {"cosine": cosine_betas, "linear": linear_betas, "scaled_linear": scaled_linear_betas}
-
-
-def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shifts and scales alpha_t so that the last timestep is pure noise and the first is unchanged.
-
-    Source: Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed", algorithm 1.
-    """
-    alpha = (1 - betas).cumprod(0).sqrt()
-    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-    alpha_squared = alpha**2
-    return 1 - torch.cat([alpha_squared[:1], alpha_squared[1:] / alpha_squared[:-1]])
 
 
 # ---- conversions: exact inverses of one another where alpha**2 + sigma**2 = 1 ----
@@ -257,7 +224,8 @@ class Diffusion(Process):
     Emu states none of schedule, prediction, weighting and sampler: the defaults are choices.
 
     Args:
-        schedule: `cosine_betas`, `linear_betas` or `scaled_linear_betas`.
+        schedule: `cosine` (Nichol & Dhariwal 2021), `linear` (Ho et al. 2020) or `scaled_linear` (latent
+            diffusion, SDXL); the last two are made for 1000 timesteps.
         num_timesteps: T.
         prediction: what the denoiser predicts.
         zero_terminal_snr: rescale the schedule so that t = 1 is pure noise (Lin et al. 2023).
@@ -298,12 +266,12 @@ class Diffusion(Process):
         self.min_snr_gamma = min_snr_gamma
         self.sampler = sampler
         self._scheduler_arguments = self._fit_scheduler()
-        betas = _BETAS[schedule](num_timesteps)
-        if zero_terminal_snr:
-            betas = rescale_zero_terminal_snr(betas)
-        self.alphas_cumprod = (1 - betas).cumprod(0)  # alpha**2, (T,) float64
+        # alpha**2, (T,) float32: the very numbers of the stock pipelines that this process's models go to
+        self.alphas_cumprod: Tensor = DDPMScheduler(
+            num_timesteps, **_DIFFUSERS_SCHEDULE[schedule], rescale_betas_zero_snr=zero_terminal_snr
+        ).alphas_cumprod
         tables = [self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()]
-        self._tables = {torch.device("cpu"): torch.stack(tables).float()}  # alpha and sigma (2, T) per device
+        self._tables = {torch.device("cpu"): torch.stack(tables)}  # alpha and sigma (2, T) per device
 
     def timesteps(self, t: Tensor) -> Tensor:
         """Times (B,) in [0, 1] to the nearest timesteps (B,), int64 in 0 ... num_timesteps - 1."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr as reference_rescale
 from diffusers.training_utils import compute_snr
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
@@ -37,42 +35,57 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def reference(schedule: str, **config: object) -> DDPMScheduler:
-    """diffusers' scheduler with its own betas, accumulated in float64."""
-    scheduler = DDPMScheduler(1000, **REFERENCES[schedule], **config)
-    scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
-    return scheduler
+    return DDPMScheduler(1000, **REFERENCES[schedule], **config)
+
+
+def published_betas(schedule: str) -> Tensor:
+    """The formulas of the papers, in float64."""
+    if schedule == "cosine":  # Nichol & Dhariwal 2021, eq. 17
+        time = torch.linspace(0, 1, 1001, dtype=torch.float64)
+        signal = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
+        return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    if schedule == "linear":  # Ho et al. 2020, section 4
+        return torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 
 
 @pytest.mark.parametrize("schedule", REFERENCES)
+def test_schedules_follow_the_papers(schedule):
+    expected = (1 - published_betas(schedule)).cumprod(0)
+    assert_close(Diffusion(schedule).alphas_cumprod.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", REFERENCES)
+def test_zero_terminal_snr_follows_the_paper(schedule):
+    """Lin et al. 2023, algorithm 1: shift and scale alpha so that it ends in 0 and begins as before."""
+    alpha = (1 - published_betas(schedule)).cumprod(0).sqrt()
+    expected = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    process = Diffusion(schedule, zero_terminal_snr=True)
+    assert_close(process.alphas_cumprod.double(), expected, atol=1e-6, rtol=0)
+    assert process.alphas_cumprod[-1] == 0
+
+
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_schedules_are_those_of_diffusers(schedule, zero_terminal_snr):
+@pytest.mark.parametrize("schedule", REFERENCES)
+def test_training_and_sampling_have_one_schedule(schedule, zero_terminal_snr):
     process = Diffusion(schedule, zero_terminal_snr=zero_terminal_snr)
-    scheduler = DDPMScheduler(1000, **REFERENCES[schedule], rescale_betas_zero_snr=zero_terminal_snr)
-    assert_close(process.alphas_cumprod.float(), scheduler.alphas_cumprod, atol=1e-6, rtol=0)
-    assert (process.alphas_cumprod[-1] == 0) == zero_terminal_snr
-    assert_close(process.scheduler().alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6, rtol=0)
-
-
-def test_rescaled_betas_are_those_of_diffusers():
-    betas = gaussian.linear_betas(1000)
-    expected = reference_rescale(betas.clone())
-    assert_close(gaussian.rescale_zero_terminal_snr(betas), expected, atol=1e-12, rtol=0)
+    assert torch.equal(process.alphas_cumprod, process.scheduler().alphas_cumprod)
 
 
 @pytest.mark.parametrize("schedule", REFERENCES)
 def test_corruption_and_velocity_are_those_of_diffusers(schedule):
-    x_0, noise = torch.randn(2, 1000, 3, 2, 2, generator=seeded(), dtype=torch.float64)
+    x_0, noise = torch.randn(2, 1000, 3, 2, 2, generator=seeded())
     process, scheduler, k = Diffusion(schedule), reference(schedule), torch.arange(1000)
     x_t, v_t = process.corrupt(x_0, noise, EVERY_T), process.target(x_0, noise, EVERY_T)
-    assert_close(x_t, scheduler.add_noise(x_0, noise, k), atol=1e-6, rtol=1e-6)
-    assert_close(v_t, scheduler.get_velocity(x_0, noise, k), atol=1e-6, rtol=1e-6)
+    assert_close(x_t, scheduler.add_noise(x_0, noise, k), atol=1e-6, rtol=0)
+    assert_close(v_t, scheduler.get_velocity(x_0, noise, k), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", REFERENCES)
 def test_snr_is_that_of_diffusers(schedule):
     process = Diffusion(schedule)
-    tables = SimpleNamespace(alphas_cumprod=reference(schedule).alphas_cumprod)
-    assert_close(process.snr(EVERY_T), compute_snr(tables, torch.arange(1000)), atol=1e-6, rtol=1e-6)
+    expected = compute_snr(reference(schedule), torch.arange(1000))
+    assert_close(process.snr(EVERY_T), expected, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
