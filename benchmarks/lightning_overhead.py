@@ -72,7 +72,7 @@ class BareLoop:
         self.optimizer = configured["optimizer"]
         self.lr_scheduler = configured["lr_scheduler"]["scheduler"]
         data = settings.datamodule
-        sampler = ResumableBatchSampler(len(dataset), data.batch_size, data.seed)
+        sampler = ResumableBatchSampler(data.stream(), data.batch_size)
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
         self.batches: Iterator[Batch] = iter(loader)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from argparse import ArgumentError
@@ -21,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "validate": ("train", "compute a stage's validation metrics"),
     "test": ("train", "compute a stage's test metrics"),
     "predict": ("train", "run a stage over data and keep what it returns"),
+    "cache": ("cache", "encode pictures and captions once, before training: latents and text embeddings"),
     "sample": ("sample", "generate images for prompts"),
     "evaluate": ("evaluate", "judge two models on the same prompts: win rates with 95 % intervals"),
     "export": ("export", "write a checkpoint as a folder of safetensors"),
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         hint = f"did you mean {close[0]!r}?" if close else "`emu --help` lists the verbs"
         fail(f"{verb!r} is not a verb: {hint}")
     target, _ = VERBS[verb]
+    for name in ("torch.utils._pytree", "diffusers.quantizers"):  # where torchao is installed they complain
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         module = importlib.import_module(f"emu_lightning.verbs.{target}")
         module.main(rest if target == verb else [verb, *rest])  # a module of several verbs is told which

@@ -65,17 +65,14 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight that makes both losses pull equally at the decoder's last layer (Esser et al. 2021, eq. 7; LDM).
+def adaptive_weight(towards_data: Tensor, towards_real: Tensor) -> Tensor:
+    """Weight that makes two losses pull equally at the decoder's last layer (Esser et al. 2021, eq. 7; LDM).
 
     Args:
-        reconstruction: scalar loss, perceptual part included; its graph is kept.
-        adversarial: scalar generator loss; its graph is kept.
-        last_layer: weight of the decoder's last layer.
+        towards_data: gradient of the reconstruction loss, perceptual part included, by the layer's weight.
+        towards_real: that of the generator's adversarial loss.
 
     Returns:
-        |grad reconstruction| / (|grad adversarial| + 1e-4), clamped to [0, 1e4], without gradient.
+        |towards_data| / (|towards_real| + 1e-4), clamped to [0, 1e4].
     """
-    (towards_data,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (towards_real,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (towards_data.norm() / (towards_real.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (towards_data.norm() / (towards_real.norm() + 1e-4)).clamp(0, 1e4)

@@ -273,7 +273,7 @@ def test_a_run_folder_holds_everything_and_repeats_the_run(in_tmp_path) -> None:
     ]
     fit("--trainer.max_steps=5", "--run_dir=runs/a", "--trainer.val_check_interval=4", *every)
     assert sorted(path.name for path in Path("runs/a").iterdir()) == [
-        "checkpoints", "config.yaml", "finished.json", "metrics.csv",
+        "checkpoints", "config.yaml", "finished.json", "metrics.csv", "speed.csv",
     ]  # fmt: skip
     assert sorted(path.name for path in Path("runs/a/checkpoints").iterdir()) == ["last.ckpt", "step-3.ckpt"]
     assert checkpoint("runs/a")["global_step"] == 5  # not a multiple of 2, but the end

@@ -21,6 +21,7 @@ from tests.shipped import CONFIGS, RUN_CONFIGS, SIDE, TINY_MODEL, make_workplace
 from tests.tiny import make_batch
 
 pytestmark = pytest.mark.smoke
+CARRIED_BASE = "init_from: emu_lightning/miniature"
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def test_it_names_itself_and_what_the_paper_gives(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUN_CONFIGS)
 def test_it_trains_two_tiny_steps_and_reloads(name: str, in_tmp_path: Path) -> None:
-    make_workplace(in_tmp_path)
+    make_workplace(in_tmp_path, name)
     cli.main(["fit", "--config", str(CONFIGS / name), "--run_dir=run", *tiny_options(name)])
     assert json.loads(Path("run/finished.json").read_text())["step"] == 2
     assert "train/loss" in Path("run/metrics.csv").read_text()
@@ -78,7 +79,8 @@ def test_it_trains_two_tiny_steps_and_reloads(name: str, in_tmp_path: Path) -> N
             load_generator(path).generate(["a red ball in the snow"], [0])
             for path in ("run/pretrained", "run/checkpoints/last.ckpt")
         ]
-        assert drawn[0].shape == (1, 3, SIDE, SIDE) and torch.equal(*drawn)
+        assert drawn[0].shape == (1, 3, SIDE, SIDE)
+        torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)  # merged adapters round differently
     if read(name)["trainer"].get("callbacks"):
         assert Path("run/samples/step-000002.png").is_file()
     cli.main(
@@ -88,7 +90,7 @@ def test_it_trains_two_tiny_steps_and_reloads(name: str, in_tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in RUN_CONFIGS if stage_of(read(name)) == "QualityTuningModule"]
+    "name", [name for name in RUN_CONFIGS if CARRIED_BASE in (CONFIGS / name).read_text()]
 )
 def test_quality_tuning_starts_from_a_base_that_travels_along(name: str, in_tmp_path: Path) -> None:
     """From any folder, at most 16 MB, of the resolution that is trained on."""

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from emu_lightning.losses import (
@@ -47,23 +46,16 @@ def test_hinge_losses_are_the_formulas() -> None:
     assert hinge_generator_loss(fake) == pytest.approx(1.75 / 3)
 
 
-def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
-    layer = nn.Linear(4, 3, bias=False)
-    x = torch.randn(5, 4)
-    outputs = layer(x)
-    first, second = outputs.square().sum(), outputs.sum() * 0.3
-    # d/dW sum((W x)^2) = 2 W x x^T; d/dW 0.3 sum(W x) = 0.3 * 1 x^T
-    towards_data, towards_real = 2 * layer.weight @ x.T @ x, 0.3 * torch.ones(3, 5) @ x
-    weight = adaptive_weight(first, second, layer.weight)
-    assert torch.allclose(weight, towards_data.norm() / (towards_real.norm() + 1e-4))
-    assert not weight.requires_grad and layer.weight.grad is None
-    (first + weight * second).backward()  # both graphs are still there
+def test_adaptive_weight_is_the_ratio_of_norms() -> None:
+    towards_data, towards_real = torch.randn(4, 3), torch.randn(4, 3)
+    expected = (towards_data.square().sum() / towards_real.square().sum()).sqrt()
+    assert torch.allclose(adaptive_weight(towards_data, towards_real), expected, rtol=1e-3)
 
 
 def test_adaptive_weight_is_clamped() -> None:
-    weight = nn.Parameter(torch.ones(1))
-    assert adaptive_weight((weight * 1e9).sum(), (weight * 0).sum(), weight) == 1e4
-    assert adaptive_weight((weight * 0).sum(), weight.sum(), weight) == 0
+    gradient = torch.ones(1)
+    assert adaptive_weight(1e9 * gradient, 0 * gradient) == 1e4
+    assert adaptive_weight(0 * gradient, gradient) == 0
 
 
 def test_perceptual_distance_is_that_of_directions() -> None:

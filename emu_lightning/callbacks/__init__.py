@@ -3,7 +3,17 @@
 They speak to any module by its interface.
 """
 
+from emu_lightning.callbacks.acceleration import Acceleration
 from emu_lightning.callbacks.preference import PreferenceEvaluation
 from emu_lightning.callbacks.samples import SampleGrid, SideBySide
+from emu_lightning.callbacks.schedule_free import ScheduleFree
+from emu_lightning.callbacks.throughput import Throughput
 
-__all__ = ["PreferenceEvaluation", "SampleGrid", "SideBySide"]
+__all__ = [
+    "Acceleration",
+    "PreferenceEvaluation",
+    "SampleGrid",
+    "ScheduleFree",
+    "SideBySide",
+    "Throughput",
+]

@@ -14,6 +14,7 @@ from emu_lightning.evaluation.comparison import compare
 from emu_lightning.evaluation.generation import generate_pictures
 from emu_lightning.evaluation.prompts import read_lines
 from emu_lightning.evaluation.scorers import Scorer
+from emu_lightning.parallel import saves
 from emu_lightning.resources import shipped
 
 
@@ -93,8 +94,10 @@ class PreferenceEvaluation(Callback):
         values = {f"tune/{name}": value for name, value in judged.items() if name != "step"}
         for logger in trainer.loggers:
             logger.log_metrics(values, step - 1)  # loggers number the steps from 0
+        if self._best() is judged and saves(trainer):
+            pl_module.generator.save_pretrained(Path(trainer.default_root_dir) / "chosen")  # type: ignore[union-attr,operator]
         if trainer.is_global_zero:
-            self._record(trainer, pl_module, tuned)
+            self._record(trainer, tuned)
         self._stop_where_due(trainer)
 
     def _stop_where_due(self, trainer: Trainer) -> None:
@@ -110,12 +113,11 @@ class PreferenceEvaluation(Callback):
         ]
         return max(faithful, key=lambda entry: entry["appeal_win_minus_lose"], default=None)
 
-    def _record(self, trainer: Trainer, pl_module: LightningModule, tuned: Any) -> None:
+    def _record(self, trainer: Trainer, tuned: Any) -> None:
         run = Path(trainer.default_root_dir)
         write_step(trainer, side_by_side(self._start[: self.num_shown], tuned[: self.num_shown]))
         _write(run / "preference.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         if self._best() is self.history[-1]:
-            pl_module.generator.save_pretrained(run / "chosen")  # type: ignore[union-attr,operator]
             reason = (
                 "highest appeal win minus lose so far, faithfulness win minus lose not below "
                 f"{-self.max_faithfulness_loss}"

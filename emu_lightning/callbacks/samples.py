@@ -48,12 +48,14 @@ class SampleGrid(Callback):
     ) -> None:
         step = trainer.global_step
         # With gradient accumulation several batches end at the same step.
-        if step % self.every_n_train_steps or step == self._drawn_step or not trainer.is_global_zero:
+        if step % self.every_n_train_steps or step == self._drawn_step:
             return
         self._drawn_step = step
         seeds = range(self.first_seed, self.first_seed + len(self.prompts))
+        # Every process draws: none has the whole weights where they are sharded. The first one writes.
         grid = picture_grid(to_uint8(pl_module.generate(self.prompts, seeds)), self.columns)  # type: ignore[operator]
-        write_step(trainer, grid)
+        if trainer.is_global_zero:
+            write_step(trainer, grid)
 
 
 @runtime_checkable
@@ -141,8 +143,8 @@ class SideBySide(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn_step = trainer.global_step  # a resumed run has drawn this one
+        self._columns = [*self.prompts, *self._captions(trainer)]
         if trainer.is_global_zero:
-            self._columns = [*self.prompts, *self._captions(trainer)]
             self._start = pictures_of_the_start(trainer, pl_module, self._columns, self._seeds)
 
     def on_train_batch_end(
@@ -172,8 +174,9 @@ class SideBySide(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # With gradient accumulation several batches end at the same step.
-        if trainer.global_step == self._drawn_step or not trainer.is_global_zero:
+        if trainer.global_step == self._drawn_step:
             return
         self._drawn_step = trainer.global_step
         tuned = to_uint8(pl_module.generate(self._columns, self._seeds))  # type: ignore[operator]
-        write_step(trainer, side_by_side(self._start, tuned))
+        if trainer.is_global_zero:
+            write_step(trainer, side_by_side(self._start, tuned))

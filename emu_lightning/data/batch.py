@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 Embeddings = dict[str, Tensor]  # what frozen text encoders make of B texts: every tensor is (B, ...)
 
@@ -64,19 +65,30 @@ class Batch:
         return self
 
 
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat`; in a data worker into shared memory, which saves a copy on the way out of it."""
+    if get_worker_info() is None:
+        return torch.cat(list(parts))
+    num = sum(part.numel() for part in parts)
+    storage = torch.UntypedStorage._new_shared(num * parts[0].element_size(), device="cpu")
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    joined = torch.empty(0, dtype=parts[0].dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
+    return torch.cat(list(parts), out=joined)
+
+
 def collate(batches: Sequence[Batch]) -> Batch:
     """Join batches along B; the position is that of the first.
 
     Args:
         batches: at least one, all with images or all with latents, of equal (C, H, W); without embeddings,
-            which a dataset adds to whole batches.
+            which `CachedTexts.collate` adds to whole batches.
     """
     if len(batches) == 1:
         return batches[0]
 
     def join(name: str) -> Tensor | None:
         parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)
+        return None if parts[0] is None else _concatenate(parts)
 
     tensors: dict[str, Any] = {
         name: join(name) for name in ("images", "latents", "original_size", "crop", "target_size")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from emu_lightning.data.datamodule import ImageData
+from emu_lightning.data.held_out import HeldOutData
 from emu_lightning.data.source import BrokenImage, Sample, Source
-from emu_lightning.data.subset import Subset
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+UNREAD = frozenset(  # pictures too, but Pillow needs more than itself for them
+    {".heic", ".heif", ".avif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2"}
+)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -30,6 +34,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.nan_to_num(np.asarray(image))
         grey = grey * 255 if grey.max() <= 1 else grey
         return Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -37,8 +43,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(path: Path, name: str) -> Image.Image:
+def decode(file: Path | BinaryIO, name: str) -> Image.Image:
     """The whole picture in RGB, upright by its EXIF orientation; of an animation the first frame.
+
+    Args:
+        file: a path, or an open file.
+        name: of it, for errors.
 
     Raises:
         BrokenImage: the file is damaged, truncated, too large (a decompression bomb) or of an unknown kind.
@@ -47,11 +57,46 @@ def decode(path: Path, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large photographs, odd EXIF; twice too large raises
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
     except Exception as error:  # damaged bytes raise anything: OSError, SyntaxError, struct.error
         raise BrokenImage(name, f"{type(error).__name__}: {error}") from None
+
+
+def read_size(file: Path | BinaryIO, name: str) -> tuple[int, int]:
+    """Height and width in pixels of the upright picture, from the file's header alone.
+
+    Raises:
+        BrokenImage: the header cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as image:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                is_turned &= image.format != "TIFF"  # there Pillow gives the upright size itself
+                return image.size if is_turned else (image.height, image.width)
+    except Exception as error:  # damaged bytes raise anything
+        raise BrokenImage(name, f"{type(error).__name__}: {error}") from None
+
+
+def unread_pictures(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are pictures but cannot be read, such as HEIC, without a readable one beside."""
+    paths = [PurePosixPath(name) for name in names]
+    read = {path.with_suffix("") for path in paths if path.suffix.lower() in SUFFIXES}
+    return [str(path) for path in paths if path.suffix.lower() in UNREAD and path.with_suffix("") not in read]
+
+
+def warn_of_unread(names: Sequence[str], where: str) -> None:
+    """Says in one line that the pictures `names` are left out, if there are any."""
+    if names:
+        kinds = ", ".join(sorted({PurePosixPath(name).suffix.lower() for name in names}))
+        rank_zero_warn(
+            f"{len(names)} pictures in {where} are left out, such as {names[0]}: "
+            f"{kinds} cannot be read, convert them to JPEG or PNG"
+        )
 
 
 class Folder(Source):
@@ -80,6 +125,7 @@ class Folder(Source):
             if not any(part.startswith(".") for part in PurePosixPath(name).parts)
         }
         names = sorted(name for name, file in visible.items() if file.suffix.lower() in SUFFIXES)
+        warn_of_unread(unread_pictures(visible), str(self.path))
         if not names:
             raise FileNotFoundError(f"{self.path} holds no images ({', '.join(sorted(SUFFIXES))})")
         captions = _captions(visible)
@@ -105,6 +151,9 @@ class Folder(Source):
 
     def uid(self, index: int) -> str:
         return self._names[index]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return read_size(self.path / self._names[index], self._names[index])
 
     def text(self, index: int) -> str:
         return self._texts[index]
@@ -167,38 +216,17 @@ def _metadata(name: str, file: Path, files: dict[str, Path]) -> dict[str, str]:
     return captions
 
 
-def is_held_out(uid: str, fraction: float) -> bool:
-    """Whether `uid` belongs to validation: a hash of its name, so that other images do not matter."""
-    digest = hashlib.sha256(f"validation:{uid}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-class FolderData(ImageData):
+class FolderData(HeldOutData):
     """A folder of captioned images, a share of them held out for validation.
 
     Args:
         path: folder of images with a `.txt` beside each, or with `metadata.jsonl`.
-        val_fraction: share held out, in [0, 1); chosen by a hash of each image's name.
-        kwargs: of :class:`~emu_lightning.data.datamodule.ImageData`.
+        kwargs: of :class:`~emu_lightning.data.held_out.HeldOutData`, and of `ImageData`.
     """
 
-    def __init__(self, path: str, val_fraction: float = 0.05, **kwargs: Any) -> None:
+    def __init__(self, path: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
-        self.path, self.val_fraction = path, val_fraction
-        self._folder: Folder | None = None
+        self.path = path
 
-    def train_source(self) -> Source:
-        return self._part(held_out=False)
-
-    def val_source(self) -> Source | None:
-        part = self._part(held_out=True)
-        return part if len(part) else None
-
-    def _part(self, held_out: bool) -> Source:
-        if self._folder is None:
-            self._folder = Folder(self.path)
-        uids = self._folder.uids()
-        part = [i for i, uid in enumerate(uids) if is_held_out(uid, self.val_fraction) == held_out]
-        return Subset(self._folder, part)
+    def whole_source(self) -> Source:
+        return Folder(self.path)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,17 +18,13 @@ from emu_lightning.data.source import BrokenImage, Sample, Source
 Crop = Literal["center", "random"]
 
 
-def resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
-    """`image` with its shorter side of `resolution` pixels, antialiased (Lanczos)."""
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter == resolution:
-        return image
-    size = (
-        max(resolution, round(width * resolution / shorter)),
-        max(resolution, round(height * resolution / shorter)),
-    )
-    return image.resize(size, Image.Resampling.LANCZOS)
+def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """`image` resized to the smallest size that covers `height` x `width` pixels, antialiased (Lanczos)."""
+    if image.height * width <= image.width * height:  # it is wider: the heights become equal
+        size = max(width, round(image.width * height / image.height)), height
+    else:
+        size = width, max(height, round(image.height * width / image.width))
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -40,28 +37,29 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 class Pictures(Dataset[Batch]):
-    """A source as square tensors: one :class:`Batch` of a single picture for each (position, index).
+    """A source as tensors: one :class:`Batch` of a single picture for each (position, index).
 
-    A picture that cannot be decoded is replaced by the next index that can, and named in `Batch.broken`.
+    A picture is resized until it covers its size, then cropped. One that cannot be decoded is replaced by the
+    next index that can, at the size of the one asked for, and named in `Batch.broken`.
 
     Args:
-        source: the pictures.
-        resolution: side of the crop in pixels; the shorter side is resized to it first.
+        source: the N pictures.
+        size: side of the square in pixels, or (N, 2) height and width for each index.
         crop: `center`, or `random`: a function of (seed, position).
         use_flip: mirror every second picture, a function of (seed, position).
         seed: of cropping and flipping.
     """
 
     def __init__(
-        self, source: Source, resolution: int, crop: Crop = "center", use_flip: bool = False, seed: int = 0
+        self,
+        source: Source,
+        size: int | NDArray[np.int64],
+        crop: Crop = "center",
+        use_flip: bool = False,
+        seed: int = 0,
     ) -> None:
-        self.source, self.resolution, self.crop, self.use_flip, self.seed = (
-            source,
-            resolution,
-            crop,
-            use_flip,
-            seed,
-        )
+        self.source, self.crop, self.use_flip, self.seed = source, crop, use_flip, seed
+        self.sizes = np.broadcast_to(np.asarray(size), (len(source), 2))
         self.broken: dict[int, str] = {}  # what this process has met, so that it is decoded in vain only once
 
     def __len__(self) -> int:
@@ -69,23 +67,26 @@ class Pictures(Dataset[Batch]):
 
     def __getitem__(self, place: Place) -> Batch:
         position, index = place
+        height, width = self.sizes[index].tolist()
         sample, broken = self._decode(index)
         image = sample.image if isinstance(sample.image, Image.Image) else Image.fromarray(sample.image)
-        image = resize_shorter_side(image, self.resolution)
-        slack = np.array([image.height, image.width]) - self.resolution
+        image = resize_to_cover(image, height, width)
+        slack = np.array([image.height - height, image.width - width])
         shift, flip = np.random.default_rng((self.seed, position)).random((2, 2))
-        top, left = np.floor(shift * (slack + 1)).astype(int) if self.crop == "random" else slack // 2
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        place_of_crop = np.floor(shift * (slack + 1)).astype(int) if self.crop == "random" else slack // 2
+        top, left = place_of_crop.tolist()
+        image = image.crop((left, top, left + width, top + height))
         if self.use_flip and flip[0] < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            left = int(slack[1]) - left  # as if the whole picture had been mirrored first
         return Batch(
             images=to_tensor(image),
             latents=None,
             texts=[sample.text],
             uids=[sample.uid],
             original_size=torch.tensor([sample.original_size]),
-            crop=torch.tensor([[int(top), int(left)]]),
-            target_size=torch.tensor([[self.resolution] * 2]),
+            crop=torch.tensor([[top, left]]),
+            target_size=torch.tensor([[height, width]]),
             position=position,
             broken=broken,
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from emu_lightning.data.sampler import permutation
 
 
 class BrokenImage(Exception):
@@ -46,8 +49,8 @@ class Sample:
 class Source(ABC):
     """A finite, indexable, picklable collection of captioned pictures. No resizing, no randomness.
 
-    `uid` and `text` answer without decoding where a subclass can: subsets and cached latents ask for them
-    for every index.
+    `uid`, `text` and `size` answer without decoding where a subclass can: subsets, cached latents and buckets
+    ask for them for every index.
     """
 
     @abstractmethod
@@ -76,6 +79,33 @@ class Source(ABC):
         """Caption of the sample at `index`."""
         return self[index].text
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels of the sample at `index`, upright.
+
+        Raises:
+            BrokenImage: it cannot be read.
+        """
+        return self[index].original_size
+
     def uids(self) -> list[str]:
         """All names, in order."""
         return [self.uid(index) for index in range(len(self))]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """(N, 2) heights and widths in pixels; 1 x 1 where a picture cannot be read."""
+        sizes = np.ones((len(self), 2), np.int64)
+        for index in range(len(self)):
+            with suppress(BrokenImage):
+                sizes[index] = self.size(index)
+        return sizes
+
+    def order(self, seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Order of one training pass over the samples at `indices` (all, a subset, or one bucket's).
+
+        A subclass overrides it where some orders are read faster than others.
+
+        Returns:
+            (len(indices),) a permutation of 0 ... len(indices) - 1: places in `indices`, not in the source.
+            A function of the arguments alone.
+        """
+        return permutation(seed, epoch, len(indices))

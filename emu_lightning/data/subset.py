@@ -7,6 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from emu_lightning.data.source import Sample, Source
 
 
@@ -81,20 +84,29 @@ class Subset(Source):
     """Some samples of `source`, in the order of `indices`."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self.source, self.indices = source, list(indices)
+        self.source, self.indices = source, np.asarray(indices, np.int64)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.source[self.indices[index]]
+        return self.source[int(self.indices[index])]
 
     def uid(self, index: int) -> str:
-        return self.source.uid(self.indices[index])
+        return self.source.uid(int(self.indices[index]))
 
     def text(self, index: int) -> str:
-        return self.source.text(self.indices[index])
+        return self.source.text(int(self.indices[index]))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(int(self.indices[index]))
+
+    def sizes(self) -> NDArray[np.int64]:
+        return self.source.sizes()[self.indices]
+
+    def order(self, seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.source.order(seed, epoch, self.indices[indices])
 
     def fingerprint(self) -> str:
-        content = json.dumps([self.source.fingerprint(), self.indices])
+        content = json.dumps([self.source.fingerprint(), self.indices.tolist()])
         return "subset-1:" + hashlib.sha256(content.encode()).hexdigest()

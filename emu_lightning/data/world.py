@@ -283,7 +283,7 @@ class World(Source):
     ) -> None:
         if size % 2:
             raise ValueError(f"World size must be even, got {size}")
-        self.size, self.num_images, self.seed = size, num_images, seed
+        self.side, self.num_images, self.seed = size, num_images, seed
         self.skilled_fraction, self.triples = skilled_fraction, triples
         self._triples = [t for t in ALL_TRIPLES if is_held_out(t) == (triples == "held_out")]
 
@@ -291,7 +291,7 @@ class World(Source):
         return self.num_images
 
     def fingerprint(self) -> str:
-        return f"world-1:{self.size}:{self.num_images}:{self.seed}:{self.skilled_fraction}:{self.triples}"
+        return f"world-1:{self.side}:{self.num_images}:{self.seed}:{self.skilled_fraction}:{self.triples}"
 
     def _draw(self, index: int) -> tuple[Scene, Hand, np.random.Generator]:
         rng = np.random.default_rng((self.seed, index))
@@ -310,11 +310,14 @@ class World(Source):
     def text(self, index: int) -> str:
         return self._draw(index)[0].caption
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.side, self.side
+
     def __getitem__(self, index: int) -> Sample:
         scene, hand, rng = self._draw(index)
         return Sample(
-            image=render(scene, hand, self.size, rng),
+            image=render(scene, hand, self.side, rng),
             text=scene.caption,
             uid=f"world-{self.seed}-{self.triples}-{index:07d}",
-            original_size=(self.size, self.size),
+            original_size=self.size(index),
         )

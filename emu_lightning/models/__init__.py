@@ -3,9 +3,12 @@
 from emu_lightning.models.autoencoder import Autoencoder, load_autoencoder
 from emu_lightning.models.discriminator import PatchDiscriminator
 from emu_lightning.models.ema import EMA
+from emu_lightning.models.encoders import ClipText, JointTextEncoder, OpenClipText, T5Text
 from emu_lightning.models.fourier import FourierFeatures
 from emu_lightning.models.frozen import Frozen
+from emu_lightning.models.lora import Lora
 from emu_lightning.models.perceptual import FeatureNetwork, PooledFeatures, RandomFeatures, TimmFeatures
+from emu_lightning.models.pipeline_vae import PipelineVAE
 from emu_lightning.models.pretrained import Pretrained
 from emu_lightning.models.text import FrozenTextEncoder, SmallTextEncoder, Text, TextEncoder
 from emu_lightning.models.unet import UNet
@@ -13,15 +16,21 @@ from emu_lightning.models.unet import UNet
 __all__ = [
     "EMA",
     "Autoencoder",
+    "ClipText",
     "FeatureNetwork",
     "FourierFeatures",
     "Frozen",
     "FrozenTextEncoder",
+    "JointTextEncoder",
+    "Lora",
+    "OpenClipText",
     "PatchDiscriminator",
+    "PipelineVAE",
     "PooledFeatures",
     "Pretrained",
     "RandomFeatures",
     "SmallTextEncoder",
+    "T5Text",
     "Text",
     "TextEncoder",
     "TimmFeatures",

@@ -81,9 +81,9 @@ class Autoencoder(Pretrained):
         return 2 ** (len(self.config.block_channels) - 1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the decoder's last convolution: there `adaptive_weight` compares gradients."""
-        return self.kl.decoder.conv_out.weight
+    def last_layer(self) -> nn.Conv2d:
+        """The decoder's last convolution: at its weight `adaptive_weight` compares gradients."""
+        return self.kl.decoder.conv_out
 
     def posterior(self, images: Tensor) -> DiagonalGaussianDistribution:
         """The encoder's Gaussian over unscaled latents.

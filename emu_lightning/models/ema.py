@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,15 +58,22 @@ class EMA(nn.Module, Generic[M]):
     def update(self, model: nn.Module) -> None:
         """Moves the average towards the weights of `model`, which has the copied network's structure.
 
-        Buffers are copied, not averaged.
+        Buffers are copied, not averaged. Where both are sharded alike each process moves its part.
         """
-        averages: list[Tensor] = list(self.model.parameters())
-        weights = [weight.to(average) for weight, average in zip(model.parameters(), averages, strict=True)]
+        averages = [_local(average) for average in self.model.parameters()]
+        weights = [
+            _local(weight).to(average) for weight, average in zip(model.parameters(), averages, strict=True)
+        ]
         torch._foreach_lerp_(averages, weights, 1 - self.current_decay())
         for copied, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             copied.copy_(buffer)
         self._num_updates += 1
         self.num_updates.fill_(self._num_updates)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The part of a sharded weight that this process has, in the weight's own memory."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _read_num_updates(ema: Any, incompatible_keys: object) -> None:

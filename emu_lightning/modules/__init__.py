@@ -3,12 +3,14 @@
 from emu_lightning.modules.autoencoder import AutoencoderModule
 from emu_lightning.modules.diffusion import DiffusionModule
 from emu_lightning.modules.generator import Generator, load_generator, weights_sha256
+from emu_lightning.modules.pipeline import PipelineModule
 from emu_lightning.modules.quality_tuning import QualityTuningModule
 
 __all__ = [
     "AutoencoderModule",
     "DiffusionModule",
     "Generator",
+    "PipelineModule",
     "QualityTuningModule",
     "load_generator",
     "weights_sha256",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,9 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -32,6 +36,7 @@ from emu_lightning.models import (
     PooledFeatures,
     RandomFeatures,
 )
+from emu_lightning.parallel import Sharded, gathered
 from emu_lightning.processes.seeding import generators_for
 
 log = logging.getLogger(__name__)
@@ -117,6 +122,12 @@ class AutoencoderModule(LightningModule):
         self.seed = seed
         self._latents_measured = False
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded):
+            kl = self.autoencoder.kl  # its parts, because encoding and decoding alone call no more than those
+            parts: list[nn.Module] = [kl.encoder, kl.quant_conv, kl.post_quant_conv, kl.decoder]
+            self.trainer.strategy.shard(parts if self.discriminator is None else [*parts, self.discriminator])
+
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # Lightning's return type is a union of nine
         optimizers = [self.optimizer(self.autoencoder.parameters())]
         schedulers = [self.lr_scheduler(optimizers[0])] if self.lr_scheduler else []
@@ -124,28 +135,46 @@ class AutoencoderModule(LightningModule):
             optimizers.append(self.discriminator_optimizer(self.discriminator.parameters()))
         return optimizers, schedulers
 
+    def on_fit_start(self) -> None:
+        strategy = self.trainer.strategy
+        if self.discriminator is not None and isinstance(strategy, DDPStrategy):
+            if not strategy._ddp_kwargs.get("find_unused_parameters"):
+                raise ValueError(
+                    "autoencoder and discriminator train in turn, for which DDP needs "
+                    "--trainer.strategy=ddp_find_unused_parameters_true, as configs/hardware/ddp.yaml has it"
+                )
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         images = images_of(batch)
         rng = generators_for(self.seed, batch.positions, self.device)
-        reconstructions, posterior = self.autoencoder(images, rng)
+        with _inputs_of(self.autoencoder.last_layer) as activations:
+            reconstructions, posterior = self.autoencoder(images, rng)
         critic = self.discriminator if self.global_step >= self.adversarial_start else None
 
-        values = self._reconstruction_terms(images, reconstructions)
+        # What judges the pictures is differentiated up to them only, and once: the autoencoder then has one
+        # backward pass, from the sum of what pulls at its pictures.
+        seen = reconstructions.detach().float().requires_grad_()
+        values = self._reconstruction_terms(images, seen)
         values["kl"] = kl_loss(posterior.mean.float(), posterior.logvar.float(), num_values=images[0].numel())
         loss = values["similarity"] + self.kl_weight * values["kl"]
+        pull = _gradient(values["similarity"], seen)
         if critic is not None:
-            values |= self._adversarial_terms(critic, reconstructions, values["similarity"])
-            loss = loss + values["adversarial_weight"] * values["adversarial"]
-        self._step_autoencoder(loss)
+            values["adversarial"] = hinge_generator_loss(critic(seen))
+            towards_real = _gradient(values["adversarial"], seen)
+            weight = self.adversarial_weight * self._adaptive_weight(activations[0], pull, towards_real)
+            values["adversarial_weight"] = weight
+            loss = loss + weight * values["adversarial"]
+            pull = pull + weight * towards_real
+        self._step_autoencoder((reconstructions * pull).sum() + self.kl_weight * values["kl"])
         if critic is not None:
-            values["discriminator"] = hinge_discriminator_loss(
-                critic(images), critic(reconstructions.detach())
-            )
+            values["discriminator"] = hinge_discriminator_loss(critic(images), critic(seen.detach()))
             self._step_discriminator(values["discriminator"])
 
         values["loss"] = loss
         self.log_dict(
-            {f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(images)
+            {f"train/{name}": value.detach() for name, value in values.items()},
+            batch_size=len(images),
+            sync_dist=True,
         )
 
     def _reconstruction_terms(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
@@ -158,16 +187,23 @@ class AutoencoderModule(LightningModule):
         similarity = reconstruction + self.perceptual_weight * perceptual
         return {"reconstruction": reconstruction, "perceptual": perceptual, "similarity": similarity}
 
-    def _adversarial_terms(
-        self, critic: PatchDiscriminator, reconstructions: Tensor, similarity: Tensor
-    ) -> dict[str, Tensor]:
-        critic.requires_grad_(False)  # the autoencoder's gradients pass through it, none stay in it
-        adversarial = hinge_generator_loss(critic(reconstructions))
-        critic.requires_grad_(True)
-        weight = torch.tensor(self.adversarial_weight, device=self.device)
-        if self.use_adaptive_weight:
-            weight = weight * adaptive_weight(similarity, adversarial, self.autoencoder.last_layer)
-        return {"adversarial": adversarial, "adversarial_weight": weight}
+    def _adaptive_weight(self, activation: Tensor, towards_data: Tensor, towards_real: Tensor) -> Tensor:
+        """Of two gradients by the pictures (B, 3, H, W), which the last layer made of ``activation``.
+
+        The gradients by that layer's weight are means over all processes, as with one process, and formed
+        here because a sharded weight is no leaf of the graph.
+        """
+        if not self.use_adaptive_weight:
+            return torch.ones((), device=self.device)
+        layer = self.autoencoder.last_layer
+        pulls = [
+            self.trainer.strategy.reduce(
+                conv2d_weight(activation.float(), layer.weight.shape, pull, layer.stride, layer.padding),
+                reduce_op="mean",
+            )
+            for pull in (towards_data, towards_real)
+        ]
+        return adaptive_weight(*pulls)
 
     def _step_autoencoder(self, loss: Tensor) -> None:
         optimizer = _first(self.optimizers())
@@ -231,10 +267,16 @@ class AutoencoderModule(LightningModule):
         """Writes the autoencoder alone, for `Autoencoder.from_pretrained(folder)`.
 
         Args:
-            folder: receives config.json and the weights as safetensors.
+            folder: receives config.json and the weights as safetensors. Where they are sharded every process
+                takes part; the first one writes.
             dtype: of the weights; the latents' shift and scale stay in float32.
         """
-        self.autoencoder.save(folder, dtype)
+        state = gathered(self.autoencoder.state_dict())
+        if state is not None:
+            arguments = {k: v for k, v in self.autoencoder.config.items() if not k.startswith("_")}
+            whole = Autoencoder(**arguments)
+            whole.load_state_dict(state)
+            whole.save(folder, dtype)
 
 
 class ReconstructionMetrics(nn.Module):
@@ -310,6 +352,21 @@ def images_of(batch: Batch) -> Tensor:
             "an autoencoder learns from images, but the data gives latents: switch their cache off"
         )
     return batch.images
+
+
+@contextmanager
+def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """What the layer is called with inside the context, without gradient."""
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].detach()))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def _gradient(loss: Tensor, images: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, images)[0]
 
 
 def _first(one_or_more: Any) -> Any:

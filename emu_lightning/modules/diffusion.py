@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from emu_lightning.data.batch import Batch
 from emu_lightning.models import EMA, Autoencoder, FrozenTextEncoder, Text, TextEncoder, UNet
-from emu_lightning.modules.generator import Description, Generator, describe
+from emu_lightning.modules.generator import Description, Generator, describe, load_weights
+from emu_lightning.optimizers import AdamW
 from emu_lightning.processes import Process, guided
 from emu_lightning.processes.seeding import Rng, uniform
 
@@ -34,6 +35,17 @@ def encode_text(encoder: TextEncoder, batch: Batch, is_dropped: Tensor) -> Text:
     return encoder.read(mixed)
 
 
+def denoising_loss(
+    denoise: Callable[[Tensor, Tensor], Tensor], process: Process, x_0: Tensor, rng: Rng
+) -> Tensor:
+    """Weighted mean squared error of what ``denoise`` predicts of (x_t, t), at random times and noise."""
+    t = process.sample_t(len(x_0), rng, x_0.device)
+    noise = process.noise_like(x_0, rng)
+    prediction = denoise(process.corrupt(x_0, noise, t), t)
+    error = (prediction.float() - process.target(x_0, noise, t)).square().mean((1, 2, 3))
+    return (process.loss_weight(t) * error).mean()
+
+
 class DiffusionModule(Generator):
     """A denoiser of latents under text, with a Gaussian process, guidance and an average of the denoiser.
 
@@ -42,6 +54,8 @@ class DiffusionModule(Generator):
         text_encoder: trained along with the denoiser where ``train_text_encoder``.
         process: corruption, target, loss weight and sampling.
         autoencoder: frozen; None is diffusion in pixels.
+        init_from: generator folder or checkpoint of the same networks whose weights training starts from,
+            such as the stage before at a lower resolution; None starts anew.
         image_size: side of generated pictures, pixels.
         text_dropout: share of captions replaced by "" so that guidance has an unconditional model (Ho &
             Salimans 2022). The paper gives none; 0.1 is the field's custom.
@@ -57,13 +71,14 @@ class DiffusionModule(Generator):
         text_encoder: TextEncoder,
         process: Process,
         autoencoder: Autoencoder | None = None,
+        init_from: str | None = None,
         image_size: int = 64,
         text_dropout: float = 0.1,
         train_text_encoder: bool = True,
         ema_decay: float | None = 0.999,
         num_steps: int = 25,
         guidance_scale: float = 3.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
@@ -78,6 +93,8 @@ class DiffusionModule(Generator):
             train_text_encoder,
         )
         self.ema_decay, self.num_steps, self.guidance_scale = ema_decay, num_steps, guidance_scale
+        if init_from is not None:
+            load_weights(self, init_from)
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -85,14 +102,9 @@ class DiffusionModule(Generator):
         """Weighted mean squared error of the prediction."""
         x_0 = self._latents(batch, rng)
         text = encode_text(self.text_encoder, batch, uniform(len(batch), rng) < self.text_dropout)
-        t = self.process.sample_t(len(x_0), rng, x_0.device)
-        noise = self.process.noise_like(x_0, rng)
-        x_t = self.process.corrupt(x_0, noise, t)
         size = torch.cat([batch.original_size, batch.crop, batch.target_size], 1).to(x_0)
         denoiser = self.denoiser if self.training else self._sampling_denoiser
-        prediction = denoiser(x_t, t, text, size)
-        error = (prediction.float() - self.process.target(x_0, noise, t)).square().mean((1, 2, 3))
-        return (self.process.loss_weight(t) * error).mean()
+        return denoising_loss(lambda x_t, t: denoiser(x_t, t, text, size), self.process, x_0, rng)
 
     def _latents(self, batch: Batch, rng: Rng) -> Tensor:
         if batch.latents is not None:
@@ -102,6 +114,13 @@ class DiffusionModule(Generator):
             return batch.images
         with torch.no_grad():
             return self.autoencoder.encode(batch.images, rng).float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return images if self.autoencoder is None else self.autoencoder.encode(images).float()
+
+    def frozen_text(self) -> FrozenTextEncoder | None:
+        return self.text_encoder if isinstance(self.text_encoder, FrozenTextEncoder) else None
 
     def train(self, mode: bool = True) -> DiffusionModule:
         super().train(mode)

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from emu_lightning.data.batch import Batch
 from emu_lightning.files import write_whole
+from emu_lightning.models import FrozenTextEncoder
+from emu_lightning.models.pipeline_folder import content_hash, is_pipeline, pipeline_folder
+from emu_lightning.parallel import Sharded, consolidate, gathered, is_sharded, original_type
 from emu_lightning.processes.seeding import Rng, generators_for
 from emu_lightning.resources import shipped
 
@@ -47,6 +50,10 @@ class Trainable(LightningModule, ABC):
         super().__init__()
         self._optimizer, self._lr_scheduler, self._seed = optimizer, lr_scheduler, seed
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.strategy.shard(self.generator.children())
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._step(batch, "train")
 
@@ -62,9 +69,7 @@ class Trainable(LightningModule, ABC):
 
     def _step(self, batch: Batch, stage: str) -> Tensor:
         loss = self.generator.loss(batch, generators_for(self._seed, batch.positions, self.device))
-        self.log(
-            f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=stage != "train"
-        )
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -113,6 +118,14 @@ class Generator(Trainable):
             guidance_scale: 1.0 is off; None is the generator's own default.
         """
 
+    def encode(self, images: Tensor) -> Tensor | None:
+        """What is learned of images (B, 3, H, W) in [-1, 1]: latents, not sampled; None where not known."""
+        return None
+
+    def frozen_text(self) -> FrozenTextEncoder | None:
+        """The text encoder whose embeddings may be cached; None where it is trained."""
+        return None
+
     @abstractmethod
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer moves: not the frozen autoencoder, not the average."""
@@ -139,15 +152,16 @@ class Generator(Trainable):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Writes ``generator.yaml`` and ``model.safetensors``; returns the folder.
 
-        ``dtype`` casts floating weights.
+        ``dtype`` casts floating weights. Where the weights are sharded every process takes part; the first
+        one writes.
         """
         folder = Path(folder)
+        state = gathered(self.sampling_state())
+        if state is None:
+            return folder
         state = {
-            name: (value.to(dtype) if dtype and value.is_floating_point() else value)
-            .contiguous()
-            .cpu()
-            .clone()
-            for name, value in self.sampling_state().items()
+            name: (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous().clone()
+            for name, value in state.items()
         }
         write_whole(folder / DESCRIPTION_FILE, yaml.safe_dump(self.describe(), sort_keys=False))
         write_whole(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
@@ -156,12 +170,14 @@ class Generator(Trainable):
 
 def describe(component: Any) -> Description:
     """Description of a network that carries its own arguments, as diffusers' ``ConfigMixin`` does."""
-    plain = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dict(component.config).items()
-        if not name.startswith("_")
-    }
-    return {"class_path": f"{type(component).__module__}.{type(component).__qualname__}", "init_args": plain}
+    plain = {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
+    for name, value in plain.items():
+        if isinstance(value, tuple):
+            plain[name] = list(value)
+        elif isinstance(value, nn.Module):
+            plain[name] = describe(value)
+    cls = original_type(component)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": plain}
 
 
 def build_generator(description: Description, overrides: Mapping[str, Any] | None = None) -> Generator:
@@ -182,6 +198,7 @@ def build_generator(description: Description, overrides: Mapping[str, Any] | Non
         generator: Generator = parser.instantiate(config).generator
     except (ArgumentError, TypeError, ValueError) as error:
         cause = str(error).partition("Given value")[0]  # what follows repeats the whole description
+        cause = cause.rpartition("Problem with given class_path")[2].partition("- Expected a")[0]
         raise ValueError(f"this description does not make a generator: {' '.join(cause.split())}") from None
     return generator
 
@@ -204,10 +221,10 @@ def _override(description: Description, overrides: Mapping[str, Any]) -> Descrip
 
 
 def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Generator:
-    """Loads a generator folder or one of our checkpoints (of pre-training or of quality-tuning).
+    """Loads a generator folder, one of our checkpoints (of pre-training or of quality-tuning) or a pipeline.
 
     Args:
-        path: a folder with ``generator.yaml``, or a ``.ckpt`` file.
+        path: a folder with ``generator.yaml``, a ``.ckpt`` file, a diffusers pipeline folder or a hub id.
         overrides: see :func:`build_generator`.
 
     Raises:
@@ -215,12 +232,34 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
         ValueError: it is not a generator, or its weights do not fit its description.
     """
     path = shipped(path)
-    description, state = _read(path)
+    if is_pipeline(path):
+        from emu_lightning.modules.pipeline import describe_pipeline  # a pipeline is a kind of generator
+
+        description, state = describe_pipeline(path), None
+    else:
+        description, state = _read(path)
     try:
         generator = build_generator(description, overrides)
-        missing, unexpected = generator.load_sampling_state(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if state is not None:  # a pipeline's weights came with it
+        _load_state(generator, state, path)
+    return generator
+
+
+def load_weights(generator: Generator, path: str | Path) -> None:
+    """Loads the weights of a generator folder or checkpoint into a generator of the same networks.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_generator`.
+    """
+    path = shipped(path)
+    _load_state(generator, _read(path)[1], path)
+
+
+def _load_state(generator: Generator, state: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        missing, unexpected = generator.load_sampling_state(state)
     except RuntimeError as error:  # sizes differ; torch names every one, a line each
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"the weights in {path} do not fit their description: {first}") from None
@@ -229,17 +268,28 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
             f"the weights in {path} do not fit their description: "
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
-    return generator
 
 
 def weights_sha256(path: str | Path) -> str:
     """Hash of a generator's weights file: pictures by other weights of the same name are told apart by it."""
     path = shipped(path)
-    with (path / WEIGHTS_FILE if path.is_dir() else path).open("rb") as file:
+    if is_pipeline(path):
+        folder = pipeline_folder(path)
+        return content_hash(folder, [each.name for each in folder.iterdir() if each.is_dir()])
+    if is_sharded(path):
+        shards = (_sha256(shard) for shard in sorted(path.glob("*.distcp")))
+        return hashlib.sha256("".join(shards).encode()).hexdigest()
+    return _sha256(path / WEIGHTS_FILE if path.is_dir() else path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    if is_sharded(path):
+        return _of_checkpoint(consolidate(path), path)
     if path.is_dir():
         if not (path / DESCRIPTION_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
             raise FileNotFoundError(
@@ -267,6 +317,10 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
     except Exception as error:  # torch raises half a dozen kinds, from UnpicklingError to RuntimeError
         cause = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {cause}") from None
+    return _of_checkpoint(checkpoint, path)
+
+
+def _of_checkpoint(checkpoint: dict[str, Any], path: Path) -> tuple[Description, dict[str, Tensor]]:
     if "generator" not in checkpoint:
         raise ValueError(f"{path} holds no generator: it is a checkpoint of another stage")
     state = {name.removeprefix("generator."): value for name, value in checkpoint["state_dict"].items()}

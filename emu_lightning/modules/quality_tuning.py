@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emu_lightning.modules.generator import Generator, Trainable, load_generator
+from emu_lightning.optimizers import AdamW
 
 
 class QualityTuningModule(Trainable):
@@ -35,17 +35,22 @@ class QualityTuningModule(Trainable):
         init_from: str,
         overrides: dict[str, Any] | None = None,
         max_iterations: int = 15_000,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed)
         self.init_from, self.max_iterations = init_from, max_iterations
+        self.overrides = overrides or {}
         self.generator = load_generator(init_from, overrides)
 
     def load_start(self) -> Generator:
-        """The generator as it was before tuning, on this module's device."""
-        return load_generator(self.init_from).to(self.device).eval()
+        """The generator as it was before tuning, on this module's device.
+
+        It draws with the overrides, so that nothing but the tuning differs, but under its own process.
+        """
+        kept = {name: value for name, value in self.overrides.items() if not name.startswith("process")}
+        return load_generator(self.init_from, kept).to(self.device).eval()
 
     def on_fit_start(self) -> None:
         steps = self.trainer.max_steps

@@ -1,4 +1,4 @@
-"""`emu export`: a checkpoint as a generator folder."""
+"""`emu export`: a checkpoint as a folder: of a generator of ours, or of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from emu_lightning.verbs.arguments import call
 
 
 def export(model: str, out: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
-    """Writes generator.yaml and model.safetensors, with the averaged weights, no optimizer and no pickle.
+    """Writes a folder of safetensors with the averaged weights, no optimizer and no pickle.
+
+    What was tuned from a pipeline becomes a pipeline that diffusers loads; any other generator becomes
+    generator.yaml and model.safetensors.
 
     Args:
-        model: checkpoint or generator folder.
+        model: checkpoint, generator folder or pipeline.
         out: folder to write.
         dtype: of the weights in the file.
     """
@@ -20,7 +23,7 @@ def export(model: str, out: str, dtype: Literal["float32", "bfloat16", "float16"
     from emu_lightning.modules import load_generator
 
     folder = load_generator(model).save_pretrained(out, getattr(torch, dtype))
-    megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    megabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     print(f"{folder}: {megabytes:.1f} MB; `emu sample --model {folder}` draws with it")
 
 

@@ -4,6 +4,7 @@ A run folder (`--run_dir`, the trainer's `default_root_dir`) holds
 
     config.yaml              the resolved configuration: `emu fit --config` repeats the run from it
     metrics.csv              every logged metric
+    speed.csv                images a second, MFU, waiting for data, peak memory
     checkpoints/last.ckpt    what `--ckpt_path last` resumes
     pretrained/              what training made, for the next stage (where the module hands anything over)
     finished.json            written when training reached its end, and only then: steps, seconds
@@ -31,7 +32,9 @@ from emu_lightning.callbacks.checkpoint import RunCheckpoint, last_checkpoint
 from emu_lightning.callbacks.data_errors import BrokenFileReport
 from emu_lightning.callbacks.metrics import MetricsFile
 from emu_lightning.callbacks.progress import StepProgressBar
+from emu_lightning.callbacks.throughput import Throughput
 from emu_lightning.files import write_whole
+from emu_lightning.parallel import Sharded, saves
 from emu_lightning.verbs.arguments import PARSER_SETTINGS, one_line, use_shipped_configs
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells have it; Lightning 2.6.6 would exit with 0
@@ -108,12 +111,21 @@ class EmuCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing, where Lightning puts a checkpoint's hyper-parameters and class over the config."""
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of a constructor, within all that jsonargparse tried instead
+            raise ValueError(one_line(str(error), [], ())) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
         if self.subcommand == "fit" and not settings.fast_dev_run:
             if settings.max_steps == -1 and settings.max_epochs is None and settings.max_time is None:
                 raise ValueError("training would never end: say how long, such as --trainer.max_steps 1000")
-        callbacks: list[Callback] = [*_listed(settings.callbacks), BrokenFileReport()]
+        # The clock comes first: what other callbacks do after a batch is not part of its time.
+        is_timed = self.subcommand == "fit" and not settings.fast_dev_run and settings.logger is not False
+        clock = [Throughput()] if is_timed else []
+        callbacks: list[Callback] = [*clock, *_listed(settings.callbacks), BrokenFileReport()]
         if settings.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())
         if settings.enable_checkpointing is not False and not settings.fast_dev_run:
@@ -136,6 +148,12 @@ class EmuCLI(LightningCLI):
             settings.ckpt_path = str(last) if last.exists() else None
             if settings.ckpt_path is None and self.subcommand != "fit":
                 raise FileNotFoundError(f"{last} does not exist: train it with `emu fit`, or name --run_dir")
+        strategy = self.trainer.strategy
+        if settings.ckpt_path and Path(settings.ckpt_path).is_dir() and not isinstance(strategy, Sharded):
+            raise ValueError(
+                f"{settings.ckpt_path} is sharded: add --config configs/hardware/fsdp.yaml, on any number of "
+                "devices; `emu export` makes its weights one file"
+            )
         if self.subcommand == "fit":
             self._refuse_mixed_runs(settings.ckpt_path)
         elif settings.ckpt_path is None:
@@ -173,9 +191,11 @@ class EmuCLI(LightningCLI):
         self._finished_marker.unlink(missing_ok=True)
 
     def after_fit(self) -> None:
-        if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
-            if isinstance(self.model, HandsOver):
-                self.model.save_pretrained(Path(self.trainer.default_root_dir) / "pretrained")
+        if self._get(self.config, "trainer").fast_dev_run:
+            return
+        if isinstance(self.model, HandsOver) and saves(self.trainer):
+            self.model.save_pretrained(Path(self.trainer.default_root_dir) / "pretrained")
+        if self.trainer.is_global_zero:
             seconds = round(self._get(self.config_init, "checkpoint").seconds, 1)
             finished = {"step": self.trainer.global_step, "seconds": seconds}
             write_whole(self._finished_marker, json.dumps(finished) + "\n")

@@ -3,11 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from emu_lightning.callbacks.data_errors import BrokenFileReport
+from emu_lightning.data.buckets import Buckets
 from emu_lightning.data.datamodule import ImageData
 from emu_lightning.data.folder import FolderData
 from emu_lightning.data.pictures import Pictures
@@ -56,6 +58,26 @@ class RampData(ImageData):
         return Ramps(self.num_val, broken=self.broken) if self.num_val else None
 
 
+class Mixed(Ramps):
+    """Ten squares, seven wide and three tall pictures, and two between square and wide."""
+
+    SHAPES = [(8, 8)] * 10 + [(8, 14)] * 7 + [(16, 8)] * 3 + [(9, 11)] * 2
+
+    def __getitem__(self, index):
+        self.height, self.width = self.SHAPES[index]
+        return super().__getitem__(index)
+
+
+class MixedData(RampData):
+    def __init__(self, **kwargs):
+        super().__init__(**{"buckets": Buckets(8, 2), "crop": "center", "use_flip": False, **kwargs})
+
+    def train_source(self):
+        return Mixed(22, broken=self.broken)
+
+    val_source = train_source
+
+
 class Toy(LightningModule):
     """Learns from the very pixels, so that equal weights mean equal data in equal order."""
 
@@ -67,7 +89,8 @@ class Toy(LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen.append((batch.position, batch.uids))
-        return self.layer(batch.images.flatten(1)).square().mean()
+        images = adaptive_avg_pool2d(batch.images, 8)  # squares stay as they are
+        return self.layer(images.flatten(1)).square().mean()
 
     def validation_step(self, batch, batch_idx):
         self.validated.append(batch.uids)
@@ -145,6 +168,46 @@ def test_gradient_accumulation_counts_samples_not_steps(tmp_path):
     assert first.seen + second.seen == whole.seen and torch.equal(second.layer.weight, whole.layer.weight)
 
 
+def rows(module):
+    """What was learned, sample by sample, however it was spread over batches."""
+    return [(position + i, uid) for position, uids in module.seen for i, uid in enumerate(uids)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
+@pytest.mark.parametrize("make", [RampData, MixedData])
+def test_accumulation_may_change_on_resuming(tmp_path, before, after, make):
+    """Fewer devices and more accumulated batches: the step stays the same."""
+    whole, _ = fit(tmp_path, 7, data=make())
+    first, run = fit(tmp_path, 3, data=make(), accumulate_grad_batches=before)
+    run.save_checkpoint(tmp_path / "stop.ckpt")
+    second, run = fit(tmp_path, 7, tmp_path / "stop.ckpt", data=make(), accumulate_grad_batches=after)
+    assert rows(first) + rows(second) == rows(whole) and run.global_step == 7
+    assert [len(uids) for _, uids in first.seen + second.seen] == [4 // before] * 3 * before + [
+        4 // after
+    ] * 4 * after
+    assert torch.allclose(second.layer.weight, whole.layer.weight, atol=1e-5)
+
+
+def test_a_checkpoint_between_accumulated_batches_repeats_the_step(tmp_path):
+    """As SIGTERM may make it: what was accumulated is lost, so the step begins anew."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 7:  # the second of the third step's three
+                trainer.save_checkpoint(tmp_path / "stop.ckpt")
+
+    options = {"accumulate_grad_batches": 3}
+    whole, _ = fit(tmp_path, 5, data=RampData(batch_size=6), callbacks=[Stop()], **options)
+    second, run = fit(tmp_path, 5, tmp_path / "stop.ckpt", data=RampData(batch_size=6), **options)
+    assert rows(second) == rows(whole)[12:] and run.global_step == 5
+    assert torch.equal(second.layer.weight, whole.layer.weight)
+
+
+def test_epochs_of_lightning_end_with_a_step(tmp_path):
+    with pytest.raises(ValueError, match="limit_train_batches 3 must be a multiple of .* 2"):
+        fit(tmp_path, 4, accumulate_grad_batches=2, limit_train_batches=3)
+
+
 def test_changed_data_is_said_on_resuming(tmp_path):
     _, run = fit(tmp_path, 2)
     run.save_checkpoint(tmp_path / "stop.ckpt")
@@ -156,8 +219,8 @@ def test_changed_data_is_said_on_resuming(tmp_path):
 
 
 def test_crop_and_flip_are_functions_of_seed_and_position():
-    pictures = Pictures(Ramps(height=20, width=30), resolution=20, crop="random", use_flip=True, seed=5)
-    again = Pictures(Ramps(height=20, width=30), resolution=20, crop="random", use_flip=True, seed=5)
+    pictures = Pictures(Ramps(height=20, width=30), size=20, crop="random", use_flip=True, seed=5)
+    again = Pictures(Ramps(height=20, width=30), size=20, crop="random", use_flip=True, seed=5)
     batches = [pictures[position, 0] for position in range(200)]
     for position in (3, 150):
         assert torch.equal(again[position, 0].images, batches[position].images)
@@ -167,16 +230,16 @@ def test_crop_and_flip_are_functions_of_seed_and_position():
         flipped = bool(columns[0, 0] > columns[0, -1])
         flips += flipped
         left = int(batch.crop[0, 1])
-        expected = torch.arange(left, left + 20.0)
-        assert torch.equal(columns[0], expected.flip(0) if flipped else expected)  # as crop says
+        whole = torch.arange(30.0).flip(0) if flipped else torch.arange(30.0)  # crop is of what is seen
+        assert torch.equal(columns[0], whole[left : left + 20])
     assert 70 < flips < 130
     assert {int(batch.crop[0, 1]) for batch in batches} == set(range(11))  # every place, both ends included
-    other = Pictures(Ramps(height=20, width=30), resolution=20, crop="random", use_flip=True, seed=6)
+    other = Pictures(Ramps(height=20, width=30), size=20, crop="random", use_flip=True, seed=6)
     assert any(not torch.equal(other[p, 0].images, batches[p].images) for p in range(5))
 
 
 def test_centre_crop_and_sizes():
-    batch = Pictures(Ramps(height=8, width=13), resolution=8)[0, 7]
+    batch = Pictures(Ramps(height=8, width=13), 8)[0, 7]
     assert batch.crop.tolist() == [[0, 2]] and batch.original_size.tolist() == [[8, 13]]
     assert batch.target_size.tolist() == [[8, 8]]
     assert torch.equal(((batch.images + 1) * 127.5).round()[0, 1, 0], torch.arange(2.0, 10.0))
@@ -185,7 +248,7 @@ def test_centre_crop_and_sizes():
 
 @pytest.mark.parametrize(("height", "width"), [(100, 64), (64, 100), (33, 32), (1000, 3), (7, 9)])
 def test_any_shape_becomes_the_square(height, width):
-    batch = Pictures(Ramps(height=height, width=width), resolution=16)[0, 0]
+    batch = Pictures(Ramps(height=height, width=width), 16)[0, 0]
     assert batch.images.shape == (1, 3, 16, 16) and batch.images.abs().max() <= 1
     assert batch.original_size.tolist() == [[height, width]]
 
@@ -197,8 +260,104 @@ def test_shrinking_is_antialiased():
             image[:, ::2] = 255
             return Sample(image, "stripes", "s", (64, 64))
 
-    inner = Pictures(Stripes(), resolution=16)[0, 0].images[..., 2:-2]  # without it: +-1
+    inner = Pictures(Stripes(), 16)[0, 0].images[..., 2:-2]  # without it: +-1
     assert inner.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_picture_covers_its_own_size_and_is_cropped_once(crop):
+    """40 x 60 into 10 x 18: resized to 12 x 18, rows cropped; into 20 x 10: to 20 x 30, columns cropped."""
+    sizes = np.array([[10, 18], [20, 10]])
+    rows_of, columns_of = (Pictures(Gradient(axis), sizes, crop, seed=3) for axis in (0, 1))
+    for position in range(30):
+        for index, (height, width), (tall, wide) in ((0, (10, 18), (12, 18)), (1, (20, 10), (20, 30))):
+            batch = rows_of[position, index]
+            top, left = batch.crop[0].tolist()
+            assert batch.images.shape == (1, 3, height, width) and batch.target_size.tolist() == [
+                [height, width]
+            ]
+            assert batch.original_size.tolist() == [[40, 60]]
+            assert 0 <= top <= tall - height and 0 <= left <= wide - width
+            if crop == "center":
+                assert (top, left) == ((tall - height) // 2, (wide - width) // 2)
+            # A gradient stays one when resized, so that its value tells the place in the original.
+            row = (batch.images[0, 0, 5, 5] + 1) * 127.5
+            column = (columns_of[position, index].images[0, 0, 5, 5] + 1) * 127.5
+            assert row == pytest.approx((top + 5.5) * 40 / tall * 2, abs=3)
+            assert column == pytest.approx((left + 5.5) * 60 / wide * 2, abs=3)
+
+
+# --- buckets ------------------------------------------------------------------------------------------------
+
+
+class Gradient(Source):
+    """Two pictures of 40 x 60 whose pixels are twice their row or column."""
+
+    def __init__(self, axis):
+        self.axis = axis
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        image = np.repeat((np.mgrid[:40, :60][self.axis] * 2)[..., None], 3, -1).astype(np.uint8)
+        return Sample(image, "gradient", "g", (40, 60))
+
+    def fingerprint(self):
+        return "gradient"
+
+
+def bucketed_batches(data, num):
+    return [batch for batch, _ in zip(data.train_dataloader(), range(num), strict=False)]
+
+
+def test_a_batch_has_one_shape_and_every_picture_its_turn():
+    batches = bucketed_batches(MixedData(), 60)
+    nearest = {"8x8": (8, 8), "8x14": (6, 10), "9x11": (8, 8)}
+    counts = {}
+    for batch in batches:
+        shape = tuple(batch.images.shape[2:])
+        assert batch.target_size.tolist() == [list(shape)] * 4
+        for uid, (height, width) in zip(batch.uids, batch.original_size.tolist(), strict=True):
+            # The three tall ones are too few for a batch of four: they joined the squares, the nearest left.
+            assert shape == nearest.get(f"{height}x{width}", (8, 8))
+            counts[uid] = counts.get(uid, 0) + 1
+    assert len(counts) == 22  # 240 places: about eleven for each
+    assert min(counts.values()) >= 9 and max(counts.values()) <= 13
+
+
+def test_small_buckets_are_said_at_the_start(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        data = MixedData(num_val=0)
+        data.train_dataloader()
+    assert "bucket 8 x 8: 15 pictures" in caplog.text and "bucket 6 x 10: 7 pictures" in caplog.text
+    assert "bucket 10 x 6 has 3 pictures, too few for a batch: they join the nearest" in caplog.text
+
+
+def test_validation_shows_each_picture_once_bucket_by_bucket():
+    batches = list(MixedData(batch_size=4).val_dataloader())
+    uids = [uid for batch in batches for uid in batch.uids]
+    assert sorted(uids) == sorted(f"r{i}" for i in range(22))
+    assert [position for batch in batches for position in batch.positions] == list(range(22))
+    shapes = [tuple(batch.images.shape[2:]) for batch in batches]
+    assert len(set(shapes)) == 3 and sorted(shapes) == shapes  # a bucket after another, none of them merged
+
+
+def test_a_broken_picture_is_replaced_at_the_size_of_its_bucket():
+    batches = bucketed_batches(MixedData(broken=(9, 16)), 40)
+    assert {name for batch in batches for name in batch.broken} == {"bad-9.png", "bad-16.png"}
+    assert all(len({*map(tuple, batch.target_size.tolist())}) == 1 for batch in batches)
+
+
+def test_another_batch_size_with_buckets_is_said_and_begins_at_a_whole_step():
+    data = MixedData(batch_size=4)
+    data.consumed_samples = 20
+    resumed = MixedData(batch_size=8)
+    with pytest.warns(UserWarning, match="buckets was .* x 4, is .* x 8.*: the order is another"):
+        resumed.load_state_dict(data.state_dict())
+    assert resumed.consumed_samples == 24
+    with pytest.warns(UserWarning, match="buckets was none"):
+        MixedData().load_state_dict(RampData(num=22).state_dict())
 
 
 # --- validation, subsets ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, features
 
-from emu_lightning.data.folder import Folder, FolderData, decode, is_held_out
+from emu_lightning.data.folder import Folder, decode, read_size
 from emu_lightning.data.source import BrokenImage
 
 RNG = np.random.default_rng(0)
@@ -236,7 +236,7 @@ def test_a_missing_file_is_broken(tmp_path):
         decode(tmp_path / "a.jpg", "a.jpg")
 
 
-# --- identity and hold-out ----------------------------------------------------------------------------------
+# --- identity -----------------------------------------------------------------------------------------------
 
 
 def test_fingerprint_follows_the_pixels_only(tmp_path):
@@ -248,19 +248,46 @@ def test_fingerprint_follows_the_pixels_only(tmp_path):
     assert Folder(tmp_path).fingerprint() != before
 
 
-def test_hold_out_is_a_stable_share():
-    uids = [f"{i}.jpg" for i in range(4000)]
-    held = {uid for uid in uids if is_held_out(uid, 0.1)}
-    assert 330 < len(held) < 470
-    assert held < {uid for uid in uids if is_held_out(uid, 0.2)}
-    assert not any(is_held_out(uid, 0.0) for uid in uids)
+# --- sizes, and kinds that are not read ---------------------------------------------------------------------
 
 
-def test_folder_data_parts_are_disjoint_and_complete(tmp_path):
-    make(tmp_path, **{f"p{i}": f"picture {i}" for i in range(20)})
-    data = FolderData(str(tmp_path), val_fraction=0.3, resolution=8, batch_size=4, num_workers=0)
-    train, val = data.train_source().uids(), data.val_source().uids()
-    assert val and sorted(train + val) == Folder(tmp_path).uids()
-    assert FolderData(str(tmp_path), val_fraction=0.0).val_source() is None
-    with pytest.raises(ValueError, match="val_fraction"):
-        FolderData(str(tmp_path), val_fraction=1.0)
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_the_size_is_that_of_the_decoded_picture(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[274] = orientation
+    path = tmp_path / f"a.{suffix}"
+    photo(24, 16).save(path, exif=exif)
+    decoded = decode(path, "a")
+    assert read_size(path, "a") == (decoded.height, decoded.width)
+
+
+def test_the_size_of_a_broken_picture_is_an_error_by_name(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"<html>404</html>")
+    with pytest.raises(BrokenImage, match="deep/a.jpg: "):
+        read_size(tmp_path / "a.jpg", "deep/a.jpg")
+
+
+def test_kinds_that_cannot_be_read_are_named_in_one_warning(tmp_path, recwarn):
+    make(tmp_path, a="an ant")
+    Folder(tmp_path)
+    assert not recwarn.list
+    for name in ("c.HEIC", "deep/d.avif", "a.dng", "b.heic", ".trash/x.heic"):  # a.dng lies beside a.png
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    Folder(tmp_path)
+    (warning,) = recwarn.list
+    assert "3 pictures in" in str(warning.message) and "such as b.heic: .avif, .heic cannot" in str(
+        warning.message
+    )
+    assert "convert them to JPEG or PNG" in str(warning.message)
+
+
+def test_a_folder_of_unread_kinds_says_so(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="such as a.heic"),
+        pytest.raises(FileNotFoundError, match="no images"),
+    ):
+        Folder(tmp_path)

@@ -400,3 +400,24 @@ def test_predicting_makes_pictures_of_the_batch() -> None:
     module = tiny_generator()
     images = module.predict_step(make_batch(12), 0)
     assert torch.allclose(images, module.generate(make_batch(12).texts, range(12, 16)), atol=1e-5)
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before_with_settings_of_its_own(tmp_path):
+    before = tiny_generator(seed=1)
+    before.save_pretrained(tmp_path / "before")
+    after = tiny_generator(
+        seed=2, init_from=str(tmp_path / "before"), image_size=16, process=Diffusion(noise_offset=0.02)
+    )
+    state = after.sampling_state()
+    assert all(torch.equal(value, state[name]) for name, value in before.sampling_state().items())
+    assert after.average is not None and after.average.num_updates == 0
+    assert after.image_size == 16 and after.process.noise_offset == 0.02
+    assert "init_from" not in after.describe()["init_args"]  # its own folder has its own weights
+
+
+def test_a_stage_of_other_networks_cannot_start_from_it(tmp_path):
+    tiny_generator().save_pretrained(tmp_path / "before")
+    with pytest.raises(ValueError, match="before do not fit their description"):
+        tiny_generator(init_from=str(tmp_path / "before"), denoiser=tiny_unet(3, block_channels=(8, 24)))
+    with pytest.raises(FileNotFoundError, match="no generator at"):
+        tiny_generator(init_from=str(tmp_path / "nowhere"))
