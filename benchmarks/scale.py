@@ -65,8 +65,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 "not_exact": [case.name for case in cases if not case.exact],
             },
             "fsdp2": {"loss_diff": fsdp2_loss_diff(place / "fsdp2")},
-            "data": decode,
-            "cache": {"speedup": cache["cache_speedup"], **cache},
+            "data": {name: decode[name] for name in ("decode_ratio", "folder", "shards", "settings")},
+            "cache": {
+                "speedup": cache["cache_speedup"],  # of an epoch of training
+                "latents_speedup": cache["latents_speedup"],  # of an epoch that ends with the latents
+                "all_epoch_seconds": cache["all_epoch_seconds"],
+                "settings": cache["settings"],
+            },
             "gpu": "not measured: no GPU at hand",
         }
     results |= {"command": shlex.join(["python", "-m", "benchmarks.scale", *argv]), **environment()}

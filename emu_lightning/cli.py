@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         hint = f"did you mean {close[0]!r}?" if close else "`emu --help` lists the verbs"
         fail(f"{verb!r} is not a verb: {hint}")
     target, _ = VERBS[verb]
-    for name in ("torch.utils._pytree", "diffusers.quantizers"):  # where torchao is installed they complain
+    # Where torchao is installed two complain; the third says of a hub out of reach what the error says, too.
+    for name in ("torch.utils._pytree", "diffusers.quantizers", "diffusers.pipelines.pipeline_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         module = importlib.import_module(f"emu_lightning.verbs.{target}")

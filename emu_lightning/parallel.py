@@ -162,6 +162,20 @@ def saves(trainer: Trainer) -> bool:
     return trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
 
 
+def mean_where_logged(trainer: Trainer, value: Tensor) -> Tensor:
+    """A training step's value, as its mean over all processes where the trainer logs this step.
+
+    Lightning's ``sync_dist`` takes the mean every step, behind a barrier: each time the CPUs would wait for
+    their GPUs, and all for the slowest.
+    """
+    settings: Any = trainer  # Lightning does not declare all of its attributes
+    step, interval = settings.fit_loop.epoch_loop._batches_that_stepped + 1, settings.log_every_n_steps
+    if trainer.world_size == 1 or interval == 0 or step % interval:
+        return value.detach()
+    mean: Tensor = trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
+    return mean
+
+
 def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Whole tensors on the CPU in the first process, None in the others, which have to call this too."""
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -179,6 +193,31 @@ def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 def is_sharded(path: Path) -> bool:
     """Whether this is a complete sharded checkpoint, a folder."""
     return (path / SHARDS_INDEX).is_file() and (path / REMAINDER).is_file()
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint that is one file, on the CPU.
+
+    Args:
+        path: of the file.
+        mmap: leave the weights in the file until they are used.
+
+    Raises:
+        ValueError: it is truncated, no checkpoint, or holds anything but plain data, which is not loaded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol
+            checkpoint = torch.load(path, "cpu", weights_only=True, mmap=mmap)
+        if isinstance(checkpoint, dict):
+            return checkpoint
+    except pickle.UnpicklingError:  # torch advises to load it all the same
+        cause = "it is none, or holds code, which is not loaded"
+    except Exception as error:  # torch raises half a dozen kinds, from EOFError to RuntimeError
+        cause = f"truncated, or something else ({type(error).__name__})"
+    else:
+        cause = f"it holds a {type(checkpoint).__name__}"
+    raise ValueError(f"{path} cannot be read as a checkpoint: {cause}")
 
 
 def consolidate(folder: Path) -> dict[str, Any]:

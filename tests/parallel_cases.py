@@ -237,6 +237,7 @@ class Case:
             strategy="auto" if self.strategy is None else self.strategy(),
             devices=world,
             max_steps=NUM_STEPS,
+            log_every_n_steps=1,  # in other steps each process would have its own loss
             accumulate_grad_batches=self.accumulate,
             gradient_clip_val=None if self.make is autoencoder else 0.5,
             callbacks=[losses, *self.callbacks],

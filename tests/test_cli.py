@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -148,6 +149,10 @@ UNKNOWN = [  # option, the class that it is not an option of, what was meant
             "model.latent_channels: Expected a typing.Literal[4, 8, 16]. Got value: 5",
         ),
         ("--model.optimizer.lr=fast", "model.optimizer.lr: Expected a <class 'float'>"),
+        (
+            "--model.optimizer=not_installed.Adam",
+            "not_installed.Adam cannot be imported: No module named 'not_installed'",
+        ),
         ("--model=tests.toy.NoModule", "model: module 'tests.toy' has no attribute 'NoModule'"),
         ("--trainer.default_root_dir=here", "'trainer.default_root_dir' is set by 'run_dir': give that one"),
         ("--config=missing.yaml", "config: File does not exist: 'missing.yaml'"),
@@ -337,6 +342,20 @@ def test_a_checkpoint_that_does_not_fit_the_model_ends_in_one_line(capsys, in_tm
     Path("runs/a/checkpoints/last.ckpt").rename("moved.ckpt")
     wider = ["--model.denoiser.width=4", "--data.width=4", "--ckpt_path=moved.ckpt", "--trainer.max_steps=2"]
     assert "does not fit the configured model" in error_of(capsys, ["fit", *TOY, *QUIET, *wider])
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_in_one_line(capsys, in_tmp_path) -> None:
+    fit("--trainer.max_steps=1", "--run_dir=runs/a")
+    content = Path("runs/a/checkpoints/last.ckpt").read_bytes()
+    Path("torn.ckpt").write_bytes(content[: len(content) // 2])
+    Path("code.ckpt").write_bytes(pickle.dumps(Path.touch))
+    torch.save({"state_dict": Path.touch}, "zipped_code.ckpt")
+    torch.save([1], "list.ckpt")
+    for name in ("torn.ckpt", "code.ckpt", "zipped_code.ckpt", "list.ckpt"):
+        message = error_of(capsys, ["fit", *TOY, *QUIET, "--trainer.max_steps=2", f"--ckpt_path={name}"])
+        assert f"{name} cannot be read as a checkpoint" in message and "weights_only" not in message
+    message = error_of(capsys, ["fit", *TOY, *QUIET, "--trainer.max_steps=2", "--ckpt_path=runs/a"])
+    assert "runs/a is not a complete sharded checkpoint" in message
 
 
 def test_validating_a_run_leaves_its_history_alone(capsys, in_tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,33 @@ def test_adamw_is_that_of_torch_and_fused() -> None:
             stepped(optimizer, [random(64, 64, seed=step + 1)])
     torch.testing.assert_close(ours, theirs)
     assert fused.param_groups[0]["fused"]
+
+
+def test_adamw_takes_gradients_of_another_memory_order() -> None:
+    """As compiled 1 x 1 convolutions have them; the fused step reads memory in the weights' order."""
+    for shape, order in {(8, 4, 1, 1): (4, 1, 4, 4), (8, 4, 3, 3): (36, 1, 12, 4)}.items():
+        ours, theirs = nn.Parameter(random(*shape)), nn.Parameter(random(*shape))
+        fused, reference = AdamW([ours], lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
+        for step in range(2):
+            gradient = random(*shape, seed=step + 1)
+            theirs.grad = gradient
+            ours.grad = torch.empty_strided(shape, order).copy_(gradient)
+            fused.step()
+            reference.step()
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_adamw_goes_on_in_another_memory_order() -> None:
+    """A run may be resumed with `channels_last` that began without."""
+    before, after = (nn.Parameter(random(8, 4, 3, 3)) for _ in range(2))
+    first, second = AdamW([before], lr=0.1), AdamW([after], lr=0.1)
+    stepped(first, [random(8, 4, 3, 3, seed=1)])
+    after.data = before.data.clone(memory_format=torch.channels_last)
+    second.load_state_dict(deepcopy(first.state_dict()))
+    assert second.state[after]["exp_avg"].stride() == after.stride()
+    for optimizer in (first, second):
+        stepped(optimizer, [random(8, 4, 3, 3, seed=2)])
+    torch.testing.assert_close(after, before)
 
 
 def test_gradients_are_clipped_before_a_fused_step_in_mixed_precision(in_tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,14 @@ from emu_lightning.callbacks import checkpoint
 from emu_lightning.callbacks.checkpoint import last_checkpoint
 from emu_lightning.models import Autoencoder
 from emu_lightning.modules import load_generator
-from emu_lightning.parallel import Sharded, blocks, consolidate, gathered, is_sharded
+from emu_lightning.parallel import (
+    Sharded,
+    blocks,
+    consolidate,
+    gathered,
+    is_sharded,
+    mean_where_logged,
+)
 from tests import parallel_cases
 from tests.parallel_cases import CASES, autoencoder
 from tests.shipped import CONFIGS, ROOT, make_workplace, tiny_options
@@ -172,6 +180,20 @@ def test_blocks_are_the_smallest_that_diffusers_keeps_whole() -> None:
 def test_gathering_leaves_plain_tensors_as_they_are() -> None:
     state = {"a": torch.ones(2)}
     assert torch.equal(gathered(state)["a"], state["a"])
+
+
+def test_processes_wait_for_each_other_in_steps_that_are_logged_only() -> None:
+    loop = SimpleNamespace(_batches_that_stepped=0)
+    trainer: Any = SimpleNamespace(
+        world_size=2,
+        log_every_n_steps=3,
+        fit_loop=SimpleNamespace(epoch_loop=loop),
+        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value + 1),
+    )
+    values = []
+    for loop._batches_that_stepped in range(6):  # noqa: B007
+        values.append(mean_where_logged(trainer, torch.zeros(())).item())
+    assert values == [0, 0, 1, 0, 0, 1]
 
 
 def test_replicas_have_to_divide_the_processes(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class Acceleration(Callback):
             # Blocks of one class share their code, and with it torch's limit of 8 compiled forms.
             torch._dynamo.config.recompile_limit = 1024
             torch._dynamo.config.accumulated_recompile_limit = 4096
+            torch._dynamo.config.optimize_ddp = False  # cuts what is compiled whole; blocks are cut already
             for block in compiled:
                 block.compile(dynamic=False)  # in place: names of weights stay
 
@@ -76,7 +77,7 @@ def trained_networks(module: nn.Module) -> list[ModelMixin]:
 def _order(module: nn.Module, memory_format: torch.memory_format) -> None:
     for weight in module.parameters():
         if weight.ndim == 4:
-            weight.data = weight.data.contiguous(memory_format=memory_format)
+            weight.data = weight.data.to(memory_format=memory_format)  # `contiguous` skips 1 x 1 convolutions
 
 
 def _nothing_to(module: nn.Module, switch: str) -> str:

@@ -89,6 +89,8 @@ class PreferenceEvaluation(Callback):
             "faithfulness": float(result.tuned_faithfulness.mean()),
             "appeal": float(result.tuned_appeal.mean()),
         }
+        # GPUs may differ in the last bits of a picture, but all processes have to choose and stop together.
+        judged = trainer.strategy.broadcast(judged)
         self.history.append(judged)
         # Lightning's `log_dict` would repeat the values in every later row, as if they had been judged again.
         values = {f"tune/{name}": value for name, value in judged.items() if name != "step"}

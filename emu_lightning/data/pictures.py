@@ -18,22 +18,30 @@ from emu_lightning.data.source import BrokenImage, Sample, Source
 Crop = Literal["center", "random"]
 
 
-def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """`image` resized to the smallest size that covers `height` x `width` pixels, antialiased (Lanczos)."""
+def covering_size(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the smallest picture of `image`'s shape that covers `height` x `width` pixels."""
     if image.height * width <= image.width * height:  # it is wider: the heights become equal
-        size = max(width, round(image.width * height / image.height)), height
-    else:
-        size = width, max(height, round(image.height * width / image.width))
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+        return height, max(width, round(image.width * height / image.height))
+    return max(height, round(image.height * width / image.width)), width
+
+
+def resized_crop(
+    image: Image.Image, size: tuple[int, int], top: int, left: int, height: int, width: int
+) -> Image.Image:
+    """The crop of `image` resized to `size` (height, width), antialiased (Lanczos); the rest is not made."""
+    if size == (image.height, image.width):
+        return image.crop((left, top, left + width, top + height))
+    down, across = image.height / size[0], image.width / size[1]
+    lower, right = min((top + height) * down, image.height), min((left + width) * across, image.width)
+    box = (left * across, top * down, right, lower)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """(1, 3, H, W) float32 in [-1, 1] of an RGB image."""
     pixels = torch.from_numpy(np.array(image))  # np.array copies: PIL's own memory is read-only
-    return (
-        pixels.permute(2, 0, 1).unsqueeze(0).to(torch.float32, memory_format=torch.contiguous_format) / 127.5
-        - 1
-    )
+    images = pixels.permute(2, 0, 1).unsqueeze(0).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(127.5).sub_(1)
 
 
 class Pictures(Dataset[Batch]):
@@ -70,12 +78,12 @@ class Pictures(Dataset[Batch]):
         height, width = self.sizes[index].tolist()
         sample, broken = self._decode(index)
         image = sample.image if isinstance(sample.image, Image.Image) else Image.fromarray(sample.image)
-        image = resize_to_cover(image, height, width)
-        slack = np.array([image.height - height, image.width - width])
+        size = covering_size(image, height, width)
+        slack = np.array([size[0] - height, size[1] - width])
         shift, flip = np.random.default_rng((self.seed, position)).random((2, 2))
         place_of_crop = np.floor(shift * (slack + 1)).astype(int) if self.crop == "random" else slack // 2
         top, left = place_of_crop.tolist()
-        image = image.crop((left, top, left + width, top + height))
+        image = resized_crop(image, size, top, left, height, width)
         if self.use_flip and flip[0] < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             left = int(slack[1]) - left  # as if the whole picture had been mirrored first

@@ -374,7 +374,8 @@ class TextSide(nn.Module):
     def forward(self, texts: list[str], is_guided: bool) -> dict[str, Tensor]:
         """Embeddings (B, ...) of texts and, with guidance, named negative_..., of the unconditional text."""
         device = next(self.encoders.parameters()).device
-        with _without_warnings():
+        # without autocast, else a cache would hold other embeddings, and T5 overflows in float16
+        with _without_warnings(), torch.autocast(device.type, enabled=False):
             encoded = self.family.encode(self._pipeline[0], texts, device, is_guided)
         return {
             name: value for name, value in zip(self.family.encoded, encoded, strict=True) if value is not None

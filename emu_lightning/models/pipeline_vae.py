@@ -68,7 +68,8 @@ class PipelineVAE(nn.Module):
                 f"images of {height}x{width} do not fit an autoencoder of downsampling {self.downsampling}: "
                 "resize them so that it divides both sides"
             )
-        posterior = self.vae.encode(images).latent_dist
+        with torch.autocast(images.device.type, enabled=False):  # SDXL's overflows in float16
+            posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return ((posterior.mode() if rng is None else posterior.sample(rng)) - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:

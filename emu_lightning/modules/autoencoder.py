@@ -36,7 +36,7 @@ from emu_lightning.models import (
     PooledFeatures,
     RandomFeatures,
 )
-from emu_lightning.parallel import Sharded, gathered
+from emu_lightning.parallel import Sharded, gathered, mean_where_logged
 from emu_lightning.processes.seeding import generators_for
 
 log = logging.getLogger(__name__)
@@ -172,9 +172,8 @@ class AutoencoderModule(LightningModule):
 
         values["loss"] = loss
         self.log_dict(
-            {f"train/{name}": value.detach() for name, value in values.items()},
+            {f"train/{name}": mean_where_logged(self.trainer, value) for name, value in values.items()},
             batch_size=len(images),
-            sync_dist=True,
         )
 
     def _reconstruction_terms(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
@@ -197,13 +196,10 @@ class AutoencoderModule(LightningModule):
             return torch.ones((), device=self.device)
         layer = self.autoencoder.last_layer
         pulls = [
-            self.trainer.strategy.reduce(
-                conv2d_weight(activation.float(), layer.weight.shape, pull, layer.stride, layer.padding),
-                reduce_op="mean",
-            )
+            conv2d_weight(activation.float(), layer.weight.shape, pull, layer.stride, layer.padding)
             for pull in (towards_data, towards_real)
         ]
-        return adaptive_weight(*pulls)
+        return adaptive_weight(*self.trainer.strategy.reduce(torch.stack(pulls), reduce_op="mean"))
 
     def _step_autoencoder(self, loss: Tensor) -> None:
         optimizer = _first(self.optimizers())
@@ -260,7 +256,7 @@ class AutoencoderModule(LightningModule):
         )
         # every process saw its own batches; the first one's figures are the ones that are saved
         for buffer in (self.autoencoder.latent_mean, self.autoencoder.latent_std):
-            buffer.copy_(self.trainer.strategy.broadcast(buffer))
+            buffer.copy_(self.trainer.strategy.broadcast(buffer.cpu()))  # else all would use the first GPU
         self._latents_measured = True
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

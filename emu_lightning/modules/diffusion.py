@@ -15,6 +15,8 @@ from emu_lightning.optimizers import AdamW
 from emu_lightning.processes import Process, guided
 from emu_lightning.processes.seeding import Rng, uniform
 
+DECODE_PIXELS = 2 * 1024**2  # of the pictures decoded at once: each of 1024 x 1024 takes gigabytes in float32
+
 
 def encode_text(encoder: TextEncoder, batch: Batch, is_dropped: Tensor) -> Text:
     """Text of a batch, "" where ``is_dropped`` (B,) says so, from cached embeddings where there are any."""
@@ -163,8 +165,10 @@ class DiffusionModule(Generator):
             rng = [torch.Generator().manual_seed(seed) for seed in seeds]
             steps = self.num_steps if num_steps is None else num_steps
             x_0 = self.process.sample(denoise, self._shape(len(prompts)), steps, rng, self.device)
-            images = x_0 if self.autoencoder is None else self.autoencoder.decode(x_0)
-            return images.float().clamp(-1, 1)
+            if self.autoencoder is not None:
+                parts = x_0.split(max(1, DECODE_PIXELS // self.image_size**2))
+                x_0 = torch.cat([self.autoencoder.decode(part) for part in parts])
+            return x_0.float().clamp(-1, 1)
         finally:
             self.train(was_training)
 

@@ -8,6 +8,7 @@ same description, so that either can be loaded by :func:`load_generator` without
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,13 +26,29 @@ from torch import Tensor, nn
 from emu_lightning.data.batch import Batch
 from emu_lightning.files import write_whole
 from emu_lightning.models import FrozenTextEncoder
-from emu_lightning.models.pipeline_folder import content_hash, is_pipeline, pipeline_folder
-from emu_lightning.parallel import Sharded, consolidate, gathered, is_sharded, original_type
+from emu_lightning.models.pipeline_folder import INDEX_FILE, content_hash, is_pipeline, pipeline_folder
+from emu_lightning.parallel import (
+    Sharded,
+    consolidate,
+    gathered,
+    is_sharded,
+    mean_where_logged,
+    original_type,
+    read_checkpoint,
+)
 from emu_lightning.processes.seeding import Rng, generators_for
 from emu_lightning.resources import shipped
 
 Description = dict[str, Any]  # {"class_path": ..., "init_args": {...}}, nested
 DESCRIPTION_FILE, WEIGHTS_FILE = "generator.yaml", "model.safetensors"
+
+_ARGUMENT = re.compile(r'Parser key "([^"]+)":')
+# What jsonargparse says of where it was looking, and of the None that it tried, too.
+_SCAFFOLD = re.compile(
+    r"^ *- |Does not validate against any of the Union subtypes|Subtypes: \[.*\]|Errors:"
+    r"|Problem with given class_path '[^']+':|Parser key \"[^\"]+\":|Expected a <class 'NoneType'>",
+    re.MULTILINE,
+)
 
 
 class Trainable(LightningModule, ABC):
@@ -69,7 +86,11 @@ class Trainable(LightningModule, ABC):
 
     def _step(self, batch: Batch, stage: str) -> Tensor:
         loss = self.generator.loss(batch, generators_for(self._seed, batch.positions, self.device))
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=True)
+        is_trained = stage == "train"
+        logged = mean_where_logged(self.trainer, loss) if is_trained else loss
+        self.log(
+            f"{stage}/loss", logged, prog_bar=True, batch_size=len(batch.texts), sync_dist=not is_trained
+        )
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -197,10 +218,17 @@ def build_generator(description: Description, overrides: Mapping[str, Any] | Non
         config = parser.parse_object({"generator": changed})
         generator: Generator = parser.instantiate(config).generator
     except (ArgumentError, TypeError, ValueError) as error:
-        cause = str(error).partition("Given value")[0]  # what follows repeats the whole description
-        cause = cause.rpartition("Problem with given class_path")[2].partition("- Expected a")[0]
-        raise ValueError(f"this description does not make a generator: {' '.join(cause.split())}") from None
+        raise ValueError(f"this description does not make a generator: {_cause(str(error))}") from None
     return generator
+
+
+def _cause(message: str) -> str:
+    """What jsonargparse refused, behind the names of the arguments that it is inside."""
+    message = message.partition("Given value")[0]  # what follows repeats the whole description
+    names = _ARGUMENT.findall(message)[1:]  # the first is the generator itself
+    cause = " ".join(_SCAFFOLD.sub("", message).split())
+    cause = re.sub(r"Option ('[^']+') is not accepted", r"there is no \1", cause)
+    return f"{'.'.join(names)}: {cause}" if names else cause
 
 
 def _override(description: Description, overrides: Mapping[str, Any]) -> Description:
@@ -216,7 +244,7 @@ def _override(description: Description, overrides: Mapping[str, Any]) -> Descrip
             place = place[parent]["init_args"]
         if name not in place:
             raise ValueError(f"override {dotted!r}: there is no {name!r}; there is {sorted(place)}")
-        place[name] = value
+        place[name] = None if value == "None" else value  # as jsonargparse reads null of a command line
     return changed
 
 
@@ -293,7 +321,8 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
     if path.is_dir():
         if not (path / DESCRIPTION_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
             raise FileNotFoundError(
-                f"{path} is not a generator folder: it needs {DESCRIPTION_FILE} and {WEIGHTS_FILE}"
+                f"{path} is not a generator folder: it needs {DESCRIPTION_FILE} and {WEIGHTS_FILE}, or, as a "
+                f"pipeline, {INDEX_FILE}"
             )
         try:
             state = load_file(path / WEIGHTS_FILE)
@@ -310,14 +339,9 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"no generator at {path}: give a folder with {DESCRIPTION_FILE}, or a .ckpt file"
+            f"no generator at {path}: give a folder with {DESCRIPTION_FILE}, a pipeline or a .ckpt file"
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds, from UnpicklingError to RuntimeError
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {cause}") from None
-    return _of_checkpoint(checkpoint, path)
+    return _of_checkpoint(read_checkpoint(path), path)
 
 
 def _of_checkpoint(checkpoint: dict[str, Any], path: Path) -> tuple[Description, dict[str, Tensor]]:

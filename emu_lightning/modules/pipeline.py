@@ -32,7 +32,7 @@ from emu_lightning.models.pipeline_families import (
 )
 from emu_lightning.models.pipeline_folder import INDEX_FILE, copy_component, pipeline_folder, read_json
 from emu_lightning.models.pipeline_vae import PipelineVAE
-from emu_lightning.modules.diffusion import denoising_loss, encode_text
+from emu_lightning.modules.diffusion import DECODE_PIXELS, denoising_loss, encode_text
 from emu_lightning.modules.generator import DESCRIPTION_FILE, Description, Generator
 from emu_lightning.optimizers import AdamW
 from emu_lightning.parallel import gathered
@@ -218,6 +218,8 @@ class PipelineModule(Generator):
                     scheduler=type(self.scheduler).from_config(self.scheduler.config),
                     **{self.family.denoiser_name: denoiser},
                 )
+                # Many large pictures are decoded one by one: all at once would not fit beside a training.
+                pipeline.vae.use_slicing = len(prompts) * self.image_size**2 > DECODE_PIXELS
                 mixes = denoiser.dtype != torch.float32  # the autoencoder always is
                 with torch.autocast(self.device.type, denoiser.dtype) if mixes else nullcontext():
                     images: Tensor = pipeline(
@@ -234,6 +236,8 @@ class PipelineModule(Generator):
                     ).images
             return (2 * images.float() - 1).clamp(-1, 1)
         finally:
+            if self.vae.is_loaded:
+                self.vae.network.vae.use_slicing = False  # pictures to encode are of a batch that fits
             self.train(was_training)
 
     # --- handing over ---------------------------------------------------------------------------------------

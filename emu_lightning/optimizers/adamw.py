@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AdamW(torch.optim.AdamW):
@@ -33,3 +34,34 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         self._step_supports_amp_scaling = False
+
+    def _init_group(  # of torch's step: appends the tensors that it works on to the lists
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        *others: Any,
+    ) -> Any:
+        has_complex = super()._init_group(group, params, grads, exp_avgs, exp_avg_sqs, *others)
+        grads[:] = map(_laid_out_like, grads, params)
+        return has_complex
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; a checkpoint may be of a run with another memory order of its weights."""
+        super().load_state_dict(state_dict)
+        for weight, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = _laid_out_like(state[name], weight)
+
+
+def _laid_out_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """`tensor` in the memory order of `weight`, which the fused step takes for granted.
+
+    Autograd lets the strides of a gradient differ along sides of 1; compiled 1 x 1 convolutions do, and on a
+    GPU the step would refuse them (pytorch issue 126585).
+    """
+    if tensor.stride() == weight.stride():
+        return tensor
+    return torch.empty_like(weight).copy_(tensor)

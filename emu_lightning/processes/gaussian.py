@@ -209,7 +209,9 @@ class Process(ABC):
         x_t = randn_tensor(tuple(shape), generator=rng, device=torch.device(device), dtype=dtype)
         x_t = x_t * getattr(scheduler, "init_noise_sigma", 1.0)
         for timestep in scheduler.timesteps:
-            t = (timestep / scheduler.config.num_train_timesteps).to(device, torch.float32).expand(shape[0])
+            time = (timestep / scheduler.config.num_train_timesteps).to(torch.float32).item()
+            # filled on the device: a copy from here would wait until it is done with the step before
+            t = torch.full((shape[0],), time, dtype=torch.float32, device=device)
             prediction = denoise(scale(x_t, timestep), t).to(dtype)
             x_t = scheduler.step(prediction, timestep, x_t, **draws, return_dict=False)[0]
         return x_t

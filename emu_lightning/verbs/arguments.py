@@ -28,6 +28,9 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _CALLABLE_CLASS = re.compile(r"class_path='([^']+)'")
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _LINKED = re.compile(r"argument (\S+) --> (\S+): ")
+_NOT_INSTALLED = re.compile(
+    r"expects a function or a callable class: (No module named '\S+')\. Got value: (\S+)"
+)
 _UNKNOWN_INSIDE = re.compile(r"Option '([^']+)' is not accepted")
 _UNKNOWN_OUTSIDE = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.+]+)")
 # Lines that only say where jsonargparse was looking, or name a branch of a union the user did not mean.
@@ -90,6 +93,8 @@ def one_line(message: str, argv: list[str], keys: Iterable[str] = ()) -> str:
     """
     if "Problems parsing config" in message:
         return _broken_yaml(argv) or message
+    if module := _NOT_INSTALLED.search(message):
+        return f"{module[2]} cannot be imported: {module[1]}"
     if linked := _LINKED.search(message):
         return f"{linked[2]!r} is set by {linked[1]!r}: give that one"
     if unknown := _UNKNOWN_OUTSIDE.search(message):

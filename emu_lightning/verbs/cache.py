@@ -80,6 +80,7 @@ def main(argv: list[str]) -> None:
             for helper in helpers:
                 helper.result()
     for what, cache in caches.items():
+        cache.load()  # a damaged file is named here, not when training starts
         print(f"{what}: complete, {cache.num_bytes / 1e6:.1f} MB in {cache.folder}")
 
 

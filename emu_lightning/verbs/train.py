@@ -34,7 +34,7 @@ from emu_lightning.callbacks.metrics import MetricsFile
 from emu_lightning.callbacks.progress import StepProgressBar
 from emu_lightning.callbacks.throughput import Throughput
 from emu_lightning.files import write_whole
-from emu_lightning.parallel import Sharded, saves
+from emu_lightning.parallel import REMAINDER, SHARDS_INDEX, Sharded, is_sharded, read_checkpoint, saves
 from emu_lightning.verbs.arguments import PARSER_SETTINGS, one_line, use_shipped_configs
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells have it; Lightning 2.6.6 would exit with 0
@@ -148,16 +148,30 @@ class EmuCLI(LightningCLI):
             settings.ckpt_path = str(last) if last.exists() else None
             if settings.ckpt_path is None and self.subcommand != "fit":
                 raise FileNotFoundError(f"{last} does not exist: train it with `emu fit`, or name --run_dir")
-        strategy = self.trainer.strategy
-        if settings.ckpt_path and Path(settings.ckpt_path).is_dir() and not isinstance(strategy, Sharded):
-            raise ValueError(
-                f"{settings.ckpt_path} is sharded: add --config configs/hardware/fsdp.yaml, on any number of "
-                "devices; `emu export` makes its weights one file"
-            )
+        if settings.ckpt_path:
+            self._refuse_unreadable(Path(settings.ckpt_path))
         if self.subcommand == "fit":
             self._refuse_mixed_runs(settings.ckpt_path)
         elif settings.ckpt_path is None:
             print(f"emu: {self.subcommand} without --ckpt_path: the model's initial weights", file=sys.stderr)
+
+    def _refuse_unreadable(self, ckpt_path: Path) -> None:
+        """Says what is wrong with a checkpoint before Lightning fails at it.
+
+        Raises:
+            ValueError: it is no checkpoint, is damaged, or is sharded and the strategy is not.
+        """
+        if ckpt_path.is_file():
+            read_checkpoint(ckpt_path, mmap=True)
+        elif ckpt_path.is_dir() and not is_sharded(ckpt_path):
+            raise ValueError(
+                f"{ckpt_path} is not a complete sharded checkpoint: it needs {SHARDS_INDEX} and {REMAINDER}"
+            )
+        elif ckpt_path.is_dir() and not isinstance(self.trainer.strategy, Sharded):
+            raise ValueError(
+                f"{ckpt_path} is sharded: add --config configs/hardware/fsdp.yaml, on any number of devices; "
+                "`emu export` makes its weights one file"
+            )
 
     def _refuse_mixed_runs(self, ckpt_path: str | None) -> None:
         """One run folder is one run: of one model, and never overwritten by another.
@@ -230,7 +244,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" in str(error):
-            raise ValueError(f"the checkpoint does not fit the configured model: {error}") from error
+            first = " ".join(str(error).split(", ")[0].split())  # torch names all weights
+            raise ValueError(f"the checkpoint does not fit the configured model: {first}") from error
+        if "does not allow for gradient clipping" in str(error):  # Lightning, of a fused optimizer
+            raise ValueError(f"{error} Take emu_lightning.optimizers.AdamW") from error
         raise
 
 

@@ -12,7 +12,7 @@ from emu_lightning.callbacks.data_errors import BrokenFileReport
 from emu_lightning.data.buckets import Buckets
 from emu_lightning.data.datamodule import ImageData
 from emu_lightning.data.folder import FolderData
-from emu_lightning.data.pictures import Pictures
+from emu_lightning.data.pictures import Pictures, resized_crop
 from emu_lightning.data.source import BrokenImage, Sample, Source
 from emu_lightning.data.world_data import WorldData
 
@@ -262,6 +262,19 @@ def test_shrinking_is_antialiased():
 
     inner = Pictures(Stripes(), 16)[0, 0].images[..., 2:-2]  # without it: +-1
     assert inner.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 7), (16, 21)])
+def test_resizing_a_crop_is_cropping_what_is_resized(place: tuple[int, int]) -> None:
+    """To one of 255 levels: where a filter is sampled is rounded, once in the picture, once in the crop."""
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 190, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    top, left = place
+    whole = image.resize((61, 48), Image.Resampling.LANCZOS).crop((left, top, left + 40, top + 32))
+    part = resized_crop(image, (48, 61), top, left, 32, 40)
+    assert part.size == (40, 32)
+    difference = np.abs(np.asarray(part, np.int16) - np.asarray(whole, np.int16))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])

@@ -163,6 +163,10 @@ def test_an_override_changes_just_that(saved, name: str, value: float) -> None:
     assert flat(yaml.safe_load((saved / "generator.yaml").read_text())) == before  # the folder is as it was
 
 
+def test_null_on_a_command_line_is_none(saved) -> None:
+    assert load_generator(saved, {"ema_decay": "None"}).describe()["init_args"]["ema_decay"] is None
+
+
 def test_overrides_leave_the_weights_alone(saved) -> None:
     plain, changed = load_generator(saved), load_generator(saved, {"process.noise_offset": 0.1})
     assert torch.equal(pictures(plain), pictures(changed))  # offset noise is for training only

@@ -111,3 +111,12 @@ def test_what_cannot_be_cached_is_said(workplace: Path, capsys: pytest.CaptureFi
     assert "data.cache_text needs a frozen text encoder" in message
     assert "nowhere is not an autoencoder" in refusal(capsys, "--data.latents_from", "nowhere")
     assert "'data.cache_txt' is not an option" in refusal(capsys, "--data.cache_txt", "true")
+
+
+def test_a_damaged_cache_is_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["cache", "--config", "fit.yaml"])
+    for file in Path("cache").rglob("*.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        assert f"{file} is damaged" in refusal(capsys)
+        file.write_bytes(content)
