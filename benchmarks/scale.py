@@ -1,6 +1,6 @@
 """Whether what is built for real models at real scale is right: one command, one file of figures.
 
-    python -m benchmarks.scale --out results/scale
+    OMP_NUM_THREADS=1 python -m benchmarks.scale --out results/scale
 
 Counts parameters on the meta device, compares the mathematics with diffusers' own, exports a pipeline of
 every family and draws with it again, resumes on one and two processes, trains sharded against unsharded, and
@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import caching, decoding
 from benchmarks.conformance import conformance
@@ -74,7 +76,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             },
             "gpu": "not measured: no GPU at hand",
         }
-    results |= {"command": shlex.join(["python", "-m", "benchmarks.scale", *argv]), **environment()}
+    command = shlex.join(
+        [f"OMP_NUM_THREADS={torch.get_num_threads()}", "python", "-m", "benchmarks.scale", *argv]
+    )
+    results |= {"command": command, **environment()}
     results["seconds"] = round(time.monotonic() - started, 1)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
