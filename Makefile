@@ -27,7 +27,7 @@ miniature: $(RUNTIME)
 	@$(BIN)/emu miniature $(ARGS)
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 unit: $(DEV)
 	@$(BIN)/python -m pytest -m "not smoke and not golden and not lint and not slow" $(ARGS)
