@@ -30,7 +30,7 @@ test: $(DEV)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 unit: $(DEV)
-	@$(BIN)/python -m pytest -m "not smoke and not golden and not lint and not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not smoke and not golden and not lint and not slow" $(ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check
