@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent
 def shipped(path: str | Path) -> Path:
     """``path`` where it exists; else the file or folder of that name that travels with the package.
 
-    So `configs/prompts/world_stop.txt` and `emu_lightning/miniature` mean the same outside a checkout.
+    So `configs/prompts/world_stop.txt` and `emu_lightning/miniature/latent` mean the same outside a checkout.
     """
     path = Path(path)
     if path.exists() or path.is_absolute():
@@ -38,6 +38,6 @@ def config_path(name: str) -> Path:
     return path
 
 
-def miniature_path() -> Path:
-    """Folder of the carried miniature base model: autoencoder, text-conditioned U-Net, model card."""
-    return PACKAGE / "miniature"
+def miniature_path(name: str = "latent") -> Path:
+    """Folder of a carried miniature base: `latent`, `pixel` or `masked`; weights, description, model card."""
+    return PACKAGE / "miniature" / name

@@ -21,7 +21,7 @@ from tests.shipped import CONFIGS, RUN_CONFIGS, SIDE, TINY_MODEL, make_workplace
 from tests.tiny import make_batch
 
 pytestmark = pytest.mark.smoke
-CARRIED_BASE = "init_from: emu_lightning/miniature"
+CARRIED_BASE = "init_from: emu_lightning/miniature/latent"
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:

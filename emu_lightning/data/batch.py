@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 
 Embeddings = dict[str, Tensor]  # what frozen text encoders make of B texts: every tensor is (B, ...)
@@ -63,6 +64,27 @@ class Batch:
             elif isinstance(value, dict):
                 setattr(self, each.name, {name: tensor.pin_memory() for name, tensor in value.items()})
         return self
+
+
+def resized(batch: Batch, side: int) -> Batch:
+    """The batch with its images (square) resized to `side` pixels, antialiased, and the sizes to match.
+
+    Raises:
+        ValueError: it has no images, or they are smaller: a stage would learn from blown-up pictures.
+    """
+    if batch.images is None:
+        raise ValueError("stages learn from images, but the data gives latents: switch their cache off")
+    height, width = batch.images.shape[-2:]
+    if (height, width) == (side, side):
+        return batch
+    if min(height, width) < side:
+        raise ValueError(
+            f"images of {height}x{width} are too small for a stage of {side} pixels: raise data.resolution"
+        )
+    images = interpolate(batch.images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    scale = side / min(height, width)
+    crop = (batch.crop * scale).round().to(batch.crop.dtype)
+    return replace(batch, images=images, crop=crop, target_size=torch.full_like(batch.target_size, side))
 
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:

@@ -29,6 +29,7 @@ class Generates(Protocol):
         *,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str = "",
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1]; a picture is a function of its prompt and seed alone."""
 
@@ -84,7 +85,7 @@ def generate_folder(
 
     Args:
         settings: what the pictures depend on besides prompts and seeds (which model, its hash, steps,
-            guidance); ``num_steps`` and ``guidance_scale`` in it are passed on.
+            guidance); ``num_steps``, ``guidance_scale`` and ``negative_prompt`` in it are passed on.
 
     Raises:
         ValueError: the folder holds pictures of other prompts, seeds or settings.
@@ -111,6 +112,7 @@ def generate_folder(
                 [seeds[i] for i in part],
                 num_steps=settings.get("num_steps"),
                 guidance_scale=settings.get("guidance_scale"),
+                negative_prompt=settings.get("negative_prompt", ""),
             )
             for i, picture in zip(part, to_uint8(images), strict=True):
                 write_png(files[i], picture)

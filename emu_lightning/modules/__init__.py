@@ -2,7 +2,14 @@
 
 from emu_lightning.modules.autoencoder import AutoencoderModule
 from emu_lightning.modules.diffusion import DiffusionModule
-from emu_lightning.modules.generator import Generator, load_generator, weights_sha256
+from emu_lightning.modules.generator import (
+    Generator,
+    Upsampler,
+    load_generator,
+    load_learner,
+    load_upsampler,
+    weights_sha256,
+)
 from emu_lightning.modules.pipeline import PipelineModule
 from emu_lightning.modules.quality_tuning import QualityTuningModule
 
@@ -12,6 +19,9 @@ __all__ = [
     "Generator",
     "PipelineModule",
     "QualityTuningModule",
+    "Upsampler",
     "load_generator",
+    "load_learner",
+    "load_upsampler",
     "weights_sha256",
 ]

@@ -13,7 +13,7 @@ from emu_lightning.models import EMA, Autoencoder, FrozenTextEncoder, Text, Text
 from emu_lightning.modules.generator import Description, Generator, describe, load_weights
 from emu_lightning.optimizers import AdamW
 from emu_lightning.processes import Process, guided
-from emu_lightning.processes.seeding import Rng, uniform
+from emu_lightning.processes.seeding import Rng, picture_generators, uniform
 
 DECODE_PIXELS = 2 * 1024**2  # of the pictures decoded at once: each of 1024 x 1024 takes gigabytes in float32
 
@@ -153,24 +153,20 @@ class DiffusionModule(Generator):
         *,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str = "",
     ) -> Tensor:
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
-            text, uncond = self.text_encoder(list(prompts)), self.text_encoder([""] * len(prompts))
+            text = self.text_encoder(list(prompts))
+            uncond = self.text_encoder([negative_prompt] * len(prompts))
             size, denoiser = self._generation_size(), self._sampling_denoiser
             denoise = guided(lambda x_t, t, text: denoiser(x_t, t, text, size), text, uncond, scale)
-            # One CPU generator a picture: a seed means the same picture in every batch and on every device.
-            rng = [torch.Generator().manual_seed(seed) for seed in seeds]
-            steps = self.num_steps if num_steps is None else num_steps
+            rng, steps = picture_generators(seeds), self.num_steps if num_steps is None else num_steps
             x_0 = self.process.sample(denoise, self._shape(len(prompts)), steps, rng, self.device)
             if self.autoencoder is not None:
                 parts = x_0.split(max(1, DECODE_PIXELS // self.image_size**2))
                 x_0 = torch.cat([self.autoencoder.decode(part) for part in parts])
             return x_0.float().clamp(-1, 1)
-        finally:
-            self.train(was_training)
 
     def _shape(self, num: int) -> tuple[int, int, int, int]:
         side = self.image_size // (1 if self.autoencoder is None else self.autoencoder.downsampling)

@@ -11,6 +11,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ _SCAFFOLD = re.compile(
 class Trainable(LightningModule, ABC):
     """A LightningModule whose loss is a pure function of weights, samples and (seed, each sample's position).
 
-    The generator itself and its quality-tuning train in the same way; they differ in where the weights come
-    from. After every optimizer step the average of the weights moves, inside the step, so that a checkpoint
-    taken after it is never one update behind.
+    A generator, a super-resolution stage and quality-tuning train in the same way; they differ in where the
+    weights come from. After every optimizer step the average of the weights moves, inside the step, so that a
+    checkpoint taken after it is never one update behind.
     """
 
-    generator: Generator
+    generator: Learner
 
     def __init__(
         self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, seed: int
@@ -69,7 +70,7 @@ class Trainable(LightningModule, ABC):
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Sharded):
-            self.trainer.strategy.shard(self.generator.children())
+            self.trainer.strategy.shard(self.generator.networks())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._step(batch, "train")
@@ -79,10 +80,6 @@ class Trainable(LightningModule, ABC):
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._step(batch, "test")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] for the batch's texts."""
-        return self.generator.generate(batch.texts, batch.positions)
 
     def _step(self, batch: Batch, stage: str) -> Tensor:
         loss = self.generator.loss(batch, generators_for(self._seed, batch.positions, self.device))
@@ -110,34 +107,30 @@ class Trainable(LightningModule, ABC):
         checkpoint["generator"] = self.generator.describe()
 
 
-class Generator(Trainable):
-    """Text to images. Subclasses are concrete generators; nothing ever asks which one it holds."""
+class Learner(Trainable):
+    """What has a loss, weights to train and to average, and a description: a generator or an upsampler."""
 
     @property
-    def generator(self) -> Generator:  # type: ignore[override]
+    def generator(self) -> Learner:  # type: ignore[override]
         return self
 
     @abstractmethod
     def loss(self, batch: Batch, rng: Rng) -> Tensor:
         """The training loss, a mean over the batch. All randomness comes from ``rng``."""
 
-    @abstractmethod
-    def generate(
-        self,
-        prompts: Sequence[str],
-        seeds: Iterable[int],
-        *,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-    ) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], one a prompt, with the averaged weights where there are any.
+    def networks(self) -> Iterable[nn.Module]:
+        """The parts that are each called as a whole, as sharding needs them."""
+        return self.children()
 
-        Args:
-            prompts: B texts.
-            seeds: B integers; a picture is a function of its prompt and seed, not of the batch it is made in.
-            num_steps: sampling steps; None is the generator's own default.
-            guidance_scale: 1.0 is off; None is the generator's own default.
-        """
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, and afterwards the mode that was."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     def encode(self, images: Tensor) -> Tensor | None:
         """What is learned of images (B, 3, H, W) in [-1, 1]: latents, not sampled; None where not known."""
@@ -157,7 +150,7 @@ class Generator(Trainable):
 
     @abstractmethod
     def describe(self) -> Description:
-        """Class path and arguments, nested, from which :func:`build_generator` makes an equal generator."""
+        """Class path and arguments, nested, from which :func:`build_learner` makes an equal one."""
 
     @abstractmethod
     def sampling_state(self) -> dict[str, Tensor]:
@@ -189,6 +182,56 @@ class Generator(Trainable):
         return folder
 
 
+class Generator(Learner):
+    """Text to images. Subclasses are concrete generators; nothing ever asks which one it holds."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Iterable[int],
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], one a prompt, with the averaged weights where there are any.
+
+        Args:
+            prompts: B texts.
+            seeds: B integers; a picture is a function of its prompt and seed, not of the batch it is made in.
+            num_steps: sampling steps; None is the generator's own default.
+            guidance_scale: 1.0 is off; None is the generator's own default.
+            negative_prompt: what guidance moves away from, in place of no text.
+        """
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] for the batch's texts."""
+        return self.generate(batch.texts, batch.positions)
+
+
+class Upsampler(Learner):
+    """Images and their texts to larger images: a super-resolution stage."""
+
+    @abstractmethod
+    def upsample(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        seeds: Iterable[int],
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], with the averaged weights where there are any.
+
+        Args:
+            images: (B, 3, h, w) in [-1, 1], smaller by the stage's factor.
+            prompts, seeds, num_steps, guidance_scale, negative_prompt: as for :meth:`Generator.generate`.
+        """
+
+
 def describe(component: Any) -> Description:
     """Description of a network that carries its own arguments, as diffusers' ``ConfigMixin`` does."""
     plain = {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
@@ -201,25 +244,25 @@ def describe(component: Any) -> Description:
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": plain}
 
 
-def build_generator(description: Description, overrides: Mapping[str, Any] | None = None) -> Generator:
-    """Builds a generator with fresh weights.
+def build_learner(description: Description, overrides: Mapping[str, Any] | None = None) -> Learner:
+    """Builds a generator or an upsampler with fresh weights.
 
     Args:
-        description: as :meth:`Generator.describe` gives it.
+        description: as :meth:`Learner.describe` gives it.
         overrides: dotted argument names and their new values, e.g. ``{"process.noise_offset": 0.1}``.
 
     Raises:
         ValueError: an argument does not exist or has the wrong type; the message names it.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Generator, "generator", required=True)
+    parser.add_subclass_arguments(Learner, "generator", required=True)
     changed = _override(description, overrides or {})
     try:
         config = parser.parse_object({"generator": changed})
-        generator: Generator = parser.instantiate(config).generator
+        learner: Learner = parser.instantiate(config).generator
     except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"this description does not make a generator: {_cause(str(error))}") from None
-    return generator
+    return learner
 
 
 def _cause(message: str) -> str:
@@ -237,6 +280,9 @@ def _override(description: Description, overrides: Mapping[str, Any]) -> Descrip
         *parents, name = dotted.split(".")
         place = changed["init_args"]
         for parent in parents:
+            if isinstance(place.get(parent), list):  # of stages: `upsamplers.0`
+                place = {str(index): each for index, each in enumerate(place[parent])}
+                continue
             if not isinstance(place.get(parent), dict):
                 raise ValueError(
                     f"override {dotted!r}: the generator has no {parent!r}; it has {sorted(place)}"
@@ -253,12 +299,31 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
 
     Args:
         path: a folder with ``generator.yaml``, a ``.ckpt`` file, a diffusers pipeline folder or a hub id.
-        overrides: see :func:`build_generator`.
+        overrides: see :func:`build_learner`.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: it is not a generator, or its weights do not fit its description.
     """
+    learner = load_learner(path, overrides)
+    if not isinstance(learner, Generator):
+        raise ValueError(
+            f"{path} is a super-resolution stage, which draws nothing from text alone: name it among the "
+            "upsamplers of a cascade"
+        )
+    return learner
+
+
+def load_upsampler(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Upsampler:
+    """Loads a super-resolution stage; arguments and errors as :func:`load_generator`."""
+    learner = load_learner(path, overrides)
+    if not isinstance(learner, Upsampler):
+        raise ValueError(f"{path} is a generator of pictures from text, not a super-resolution stage")
+    return learner
+
+
+def load_learner(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Learner:
+    """Loads a generator or a super-resolution stage; arguments and errors as :func:`load_generator`."""
     path = shipped(path)
     if is_pipeline(path):
         from emu_lightning.modules.pipeline import describe_pipeline  # a pipeline is a kind of generator
@@ -267,27 +332,27 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
     else:
         description, state = _read(path)
     try:
-        generator = build_generator(description, overrides)
+        learner = build_learner(description, overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if state is not None:  # a pipeline's weights came with it
-        _load_state(generator, state, path)
-    return generator
+        _load_state(learner, state, path)
+    return learner
 
 
-def load_weights(generator: Generator, path: str | Path) -> None:
-    """Loads the weights of a generator folder or checkpoint into a generator of the same networks.
+def load_weights(learner: Learner, path: str | Path) -> None:
+    """Loads the weights of a generator folder or checkpoint into one of the same networks.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_generator`.
     """
     path = shipped(path)
-    _load_state(generator, _read(path)[1], path)
+    _load_state(learner, _read(path)[1], path)
 
 
-def _load_state(generator: Generator, state: Mapping[str, Tensor], path: Path) -> None:
+def _load_state(learner: Learner, state: Mapping[str, Tensor], path: Path) -> None:
     try:
-        missing, unexpected = generator.load_sampling_state(state)
+        missing, unexpected = learner.load_sampling_state(state)
     except RuntimeError as error:  # sizes differ; torch names every one, a line each
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"the weights in {path} do not fit their description: {first}") from None

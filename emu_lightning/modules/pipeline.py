@@ -37,7 +37,7 @@ from emu_lightning.modules.generator import DESCRIPTION_FILE, Description, Gener
 from emu_lightning.optimizers import AdamW
 from emu_lightning.parallel import gathered
 from emu_lightning.processes import Diffusion, Process, RectifiedFlow
-from emu_lightning.processes.seeding import Rng, uniform
+from emu_lightning.processes.seeding import Rng, picture_generators, uniform
 
 CLASS_PATH = "emu_lightning.modules.PipelineModule"
 
@@ -195,6 +195,16 @@ class PipelineModule(Generator):
             finally:
                 _exchange(self._followed(), self.average.model)
 
+    @contextmanager
+    def _slicing_for(self, num: int) -> Iterator[None]:
+        """Many large pictures are decoded one by one: all at once would not fit beside a training."""
+        vae = self.vae.network.vae
+        vae.use_slicing = num * self.image_size**2 > DECODE_PIXELS
+        try:
+            yield
+        finally:
+            vae.use_slicing = False  # pictures to encode are of a batch that fits
+
     @torch.no_grad()
     def generate(
         self,
@@ -203,11 +213,10 @@ class PipelineModule(Generator):
         *,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str = "",
     ) -> Tensor:
         """As every generator; the pictures are those of the pipeline's own call."""
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating(), self._slicing_for(len(prompts)):
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
             text = self.text_encoder.embed_for_call(list(prompts), is_guided=scale > 1)
             with self._sampling_denoiser() as denoiser:
@@ -218,8 +227,6 @@ class PipelineModule(Generator):
                     scheduler=type(self.scheduler).from_config(self.scheduler.config),
                     **{self.family.denoiser_name: denoiser},
                 )
-                # Many large pictures are decoded one by one: all at once would not fit beside a training.
-                pipeline.vae.use_slicing = len(prompts) * self.image_size**2 > DECODE_PIXELS
                 mixes = denoiser.dtype != torch.float32  # the autoencoder always is
                 with torch.autocast(self.device.type, denoiser.dtype) if mixes else nullcontext():
                     images: Tensor = pipeline(
@@ -228,17 +235,11 @@ class PipelineModule(Generator):
                         width=self.image_size,
                         num_inference_steps=self.num_steps if num_steps is None else num_steps,
                         guidance_scale=scale,
-                        # One CPU generator a picture: a seed means the same picture in every batch and on
-                        # every device.
-                        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                        generator=picture_generators(seeds),
                         output_type="pt",
                         **self.family.call_arguments,
                     ).images
             return (2 * images.float() - 1).clamp(-1, 1)
-        finally:
-            if self.vae.is_loaded:
-                self.vae.network.vae.use_slicing = False  # pictures to encode are of a batch that fits
-            self.train(was_training)
 
     # --- handing over ---------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from emu_lightning.data.batch import Batch
 from emu_lightning.modules.generator import Generator, Trainable, load_generator
 from emu_lightning.optimizers import AdamW
 
@@ -49,7 +50,7 @@ class QualityTuningModule(Trainable):
 
         It draws with the overrides, so that nothing but the tuning differs, but under its own process.
         """
-        kept = {name: value for name, value in self.overrides.items() if not name.startswith("process")}
+        kept = {name: value for name, value in self.overrides.items() if "process" not in name.split(".")}
         return load_generator(self.init_from, kept).to(self.device).eval()
 
     def on_fit_start(self) -> None:
@@ -71,6 +72,17 @@ class QualityTuningModule(Trainable):
         *,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str = "",
     ) -> Tensor:
         """As :meth:`emu_lightning.modules.generator.Generator.generate`, with the weights as tuned so far."""
-        return self.generator.generate(prompts, seeds, num_steps=num_steps, guidance_scale=guidance_scale)
+        return self.generator.generate(
+            prompts,
+            seeds,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] for the batch's texts."""
+        return self.generate(batch.texts, batch.positions)

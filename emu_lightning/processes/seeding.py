@@ -52,6 +52,16 @@ def generators_for(
     return [generator_for(seed, position, device) for position in positions]
 
 
+def picture_generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator a picture: a seed means the same picture in every batch and on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def next_seed(seed: int) -> int:
+    """The seed of a picture's next stage: another stream, so that its noise has nothing of this one's."""
+    return mix(seed) >> 1  # torch takes 63 bits
+
+
 def draw(make: Callable[[int, torch.Generator], Tensor], num: int, rng: Rng) -> Tensor:
     """`num` random values.
 

@@ -20,9 +20,9 @@ def export(model: str, out: str, dtype: Literal["float32", "bfloat16", "float16"
     """
     import torch
 
-    from emu_lightning.modules import load_generator
+    from emu_lightning.modules import load_learner
 
-    folder = load_generator(model).save_pretrained(out, getattr(torch, dtype))
+    folder = load_learner(model).save_pretrained(out, getattr(torch, dtype))
     megabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     print(f"{folder}: {megabytes:.1f} MB; `emu sample --model {folder}` draws with it")
 

@@ -16,6 +16,7 @@ def sample(
     seed: int = 0,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str = "",
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
@@ -29,6 +30,7 @@ def sample(
         seed: of the first picture; the next has seed + 1.
         num_steps: sampling steps; the model's own default when left out.
         guidance_scale: 1.0 is off; the model's own default when left out.
+        negative_prompt: what guidance moves away from, in place of no text.
         batch_size: pictures made at once.
         device: auto, cpu, cuda, cuda:1, mps.
     """
@@ -45,7 +47,12 @@ def sample(
     texts = prompts if prompts is not None else list(read_lines(str(prompts_file)).prompts)
     path = model or str(miniature_path())
     generator = load_generator(path).to(torch_device(device)).eval()
-    settings = {"weights": weights_sha256(path), "num_steps": num_steps, "guidance_scale": guidance_scale}
+    settings = {
+        "weights": weights_sha256(path),
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
     pictures = generate_folder(
         generator, texts, range(seed, seed + len(texts)), out, settings=settings, batch_size=batch_size
     )

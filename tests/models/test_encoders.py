@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Encoder
 from emu_lightning.models import ClipText, JointTextEncoder, OpenClipText, T5Text, UNet
 from emu_lightning.models.encoders import TextNetwork, snapshot
 from emu_lightning.modules import DiffusionModule, load_generator
-from emu_lightning.modules.generator import build_generator
+from emu_lightning.modules.generator import build_learner
 from emu_lightning.processes import Diffusion
 from tests.text_networks import make_clip, make_open_clip, make_t5
 
@@ -146,9 +146,9 @@ def test_a_generator_is_built_from_its_description_without_the_networks_files(fo
     for network in (generator.text_encoder.clip, generator.text_encoder.t5):
         assert not network.frozen.is_loaded
     described = generator.describe()
-    again = build_generator(described, {"text_encoder.t5.path": "moved/away"})
+    again = build_learner(described, {"text_encoder.t5.path": "moved/away"})
     assert again.text_encoder.t5.path == "moved/away"
-    assert build_generator(described).describe() == described
+    assert build_learner(described).describe() == described
     generator.save_pretrained(tmp_path)
     assert torch.equal(
         generator.generate(TEXTS, range(3)), load_generator(tmp_path).generate(TEXTS, range(3))

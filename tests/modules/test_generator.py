@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from emu_lightning.models import Autoencoder
 from emu_lightning.modules import AutoencoderModule, DiffusionModule, QualityTuningModule, load_generator
-from emu_lightning.modules.generator import build_generator
+from emu_lightning.modules.generator import build_learner
 from emu_lightning.processes import Diffusion, RectifiedFlow
 from tests.tiny import TinyData, make_trainer, tiny_autoencoder, tiny_generator, tiny_unet
 
@@ -303,5 +303,5 @@ def test_code_in_a_description_is_never_executed(trained, saved, tmp_path: Path)
     description = trained[0].describe()
     description["init_args"]["text_encoder"] = {"class_path": "os.mkdir", "init_args": {"path": str(trap)}}
     with pytest.raises(ValueError):
-        build_generator(description)
+        build_learner(description)
     assert not trap.exists()
