@@ -9,11 +9,13 @@ RUNTIME := $(VENV)/runtime.installed
 DEV := $(VENV)/dev.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart miniature test unit lint clean
+.PHONY: help quickstart generators miniature test unit lint clean
 
 help:
 	@echo "make quickstart   select, quality-tune and judge on the carried model; writes runs/quickstart/report.html"
-	@echo "make miniature    make the carried model again, from nothing (at most 90 minutes on two cores)"
+	@echo "make generators   the same for every carried model, on one page: runs/generators/report.html"
+	@echo "make miniature    make the carried model again, from nothing (at most 90 minutes on two cores);"
+	@echo "                  another one: make miniature ARGS='--recipe pixel' (or masked)"
 	@echo "make test         all tests (under 8 minutes on two cores)"
 	@echo "make unit         the quick tests (under 90 seconds)"
 	@echo "make lint         ruff, mypy, import-linter"
@@ -22,6 +24,9 @@ help:
 
 quickstart: $(RUNTIME)
 	@$(BIN)/emu quickstart $(ARGS)
+
+generators: $(RUNTIME)
+	@$(BIN)/emu generators $(ARGS)
 
 miniature: $(RUNTIME)
 	@$(BIN)/emu miniature $(ARGS)

@@ -1,10 +1,10 @@
-"""What training a configuration of configs/emu costs, computed without weights, pictures or a GPU.
+"""What training a full-size configuration costs, computed without weights, pictures or a GPU.
 
     python benchmarks/cost.py configs/emu/diffusion_256.yaml --gpus 64
 
 Networks are built and run on torch's meta device, where tensors have sizes but no content. So parameters are
-exact, and so are FLOPs (2 a multiplication and addition; a denoiser's backward pass counts twice its forward
-pass, nothing is recomputed) and the bytes that a forward pass keeps for the backward pass, under bf16-mixed
+exact, and so are FLOPs (of the loss of one picture and of its gradient, a multiplication and an addition as
+two; nothing is recomputed) and the bytes that a forward pass keeps for the backward pass, under bf16-mixed
 with fused attention. What a kernel needs in passing, fragments and buffers of communication are not in: leave
 a tenth of the memory free. Time is FLOPs over (peak x MFU): the MFU is an assumption until the Throughput
 callback has measured yours. Activation checkpointing takes about a third more time.
@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,15 +26,20 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
 
-from emu_lightning.models import Autoencoder, ClipText, JointTextEncoder, T5Text, Text, UNet
+from emu_lightning.callbacks.acceleration import trained_networks
+from emu_lightning.callbacks.throughput import count_flops
+from emu_lightning.data.batch import Batch
+from emu_lightning.models import EMA, Autoencoder, ClipText, T5Text, UNet
 from emu_lightning.models.encoders import TextNetwork
-from emu_lightning.modules import AutoencoderModule, DiffusionModule
+from emu_lightning.modules.autoencoder import ReconstructionModule
+from emu_lightning.modules.generator import Learner
 from emu_lightning.resources import shipped
 
 PEAK = 989  # TFLOP/s of an H100 or H200 (SXM) in bfloat16, without sparsity: NVIDIA's data sheet; 312 an A100
 STATE_BYTES = 4 + 4 + 8  # float32 weight, gradient and Adam's two moments
+FAMILIES = ("emu", "imagen", "muse")  # folders of configs
 CAST_BYTES = 2  # autocast's copy of a weight, kept until the backward pass
 
 
@@ -46,7 +51,7 @@ class Cost:
         trained, frozen: parameters.
         state: bytes that are sharded over the GPUs: trained weights, gradients, moments and average.
         resident: bytes that every GPU holds whole: frozen networks, and the trained weights cast.
-        flops: of an image, by what does them.
+        flops: of an image; those of autoencoder and text are what caches of latents and of text would save.
         activations: bytes kept of an image for the backward pass.
         checkpointed: the same with activation checkpointing: the blocks' inputs, and all of one block.
     """
@@ -62,13 +67,13 @@ class Cost:
 
 def cost_of(config: dict[str, Any]) -> Cost:
     """The cost of training as a configuration says."""
+    data = config["data"]["init_args"]
     with torch.device("meta"):
         module = build(config)
-        size = config["data"]["init_args"]["resolution"]
-        if isinstance(module, AutoencoderModule):
-            return _autoencoder_cost(module, config, size)
-        assert isinstance(module, DiffusionModule)
-        return _diffusion_cost(module, config["data"]["init_args"], size)
+        if isinstance(module, ReconstructionModule):
+            return _autoencoder_cost(module, config, data["resolution"])
+        assert isinstance(module, Learner)
+        return _learner_cost(module, data)
 
 
 def build(config: dict[str, Any]) -> LightningModule:
@@ -77,18 +82,26 @@ def build(config: dict[str, Any]) -> LightningModule:
     An autoencoder or a generator that another stage's run leaves behind is built from that stage's own
     configuration, which is found by its `run_dir`.
     """
-    model = deepcopy(config["model"])
-    arguments = model["init_args"]
-    if model["class_path"].endswith("QualityTuningModule"):
-        return build(made_by(arguments["init_from"]))
-    arguments.pop("init_from", None)
-    arguments.pop("perceptual", None)  # wants a file of weights
-    if "folder" in arguments["autoencoder"]["init_args"]:
-        origin = made_by(arguments["autoencoder"]["init_args"]["folder"])
-        arguments["autoencoder"] = origin["model"]["init_args"]["autoencoder"]
+    if config["model"]["class_path"].endswith("QualityTuningModule"):
+        return build(made_by(config["model"]["init_args"]["init_from"]))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model", required=True)
-    return parser.instantiate(parser.parse_object({"model": model})).model
+    return parser.instantiate(parser.parse_object({"model": _without_files(config["model"])})).model
+
+
+def _without_files(value: Any) -> Any:
+    """A description in which what would be loaded is described itself, or left out."""
+    if isinstance(value, list):
+        return [_without_files(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("class_path", "").rpartition(".")[2]
+    if kind in ("load_generator", "load_upsampler"):
+        return _without_files(made_by(value["init_args"]["path"])["model"])
+    if kind in ("load_autoencoder", "load_vq_autoencoder"):
+        return made_by(value["init_args"]["folder"])["model"]["init_args"]["autoencoder"]
+    weights = ("init_from", "perceptual")
+    return {name: _without_files(each) for name, each in value.items() if name not in weights}
 
 
 def made_by(folder: str) -> dict[str, Any]:
@@ -97,102 +110,122 @@ def made_by(folder: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    for path in sorted(shipped("configs/emu").glob("*.yaml")):
-        config = yaml.safe_load(path.read_text())
-        if folder == f"{config['run_dir']}/pretrained":
-            return config
-    raise ValueError(f"no configuration in configs/emu leaves {folder}")
+    for name in FAMILIES:
+        for path in sorted(shipped(f"configs/{name}").glob("*.yaml")):
+            config = yaml.safe_load(path.read_text())
+            if folder == f"{config['run_dir']}/pretrained":
+                return config
+    raise ValueError(f"no configuration of {', '.join(FAMILIES)} in configs leaves {folder}")
 
 
 # --- the stages ---------------------------------------------------------------------------------------------
 
 
-def _diffusion_cost(module: DiffusionModule, data: dict[str, Any], size: int) -> Cost:
-    autoencoder, encoder = module.autoencoder, module.text_encoder
-    assert isinstance(autoencoder, Autoencoder) and isinstance(encoder, JointTextEncoder)
-    networks = [(_published(network), network.length) for network in (encoder.clip, encoder.t5)]
-    frozen = [autoencoder, *(network for network, _ in networks)]
-    flops = {"U-Net": 0.0}
-    if data.get("latents_from") is None:
-        flops["autoencoder"] = _flops(lambda: autoencoder.posterior(torch.empty(1, 3, size, size)))
-    if not data.get("cache_text"):
-        flops["text"] = sum(
-            _flops(lambda network=network, length=length: network(torch.ones(1, length, dtype=torch.long)))
-            for network, length in networks
-        )
-    denoiser, side = module.denoiser, size // autoencoder.downsampling
-    trained = num_parameters(denoiser, encoder)
-    averaged = num_parameters(denoiser) if module.average is not None else 0
+def _learner_cost(learner: Learner, data: dict[str, Any]) -> Cost:
+    with (
+        patch.object(TextNetwork, "embed", _embed),
+        patch.object(TextNetwork, "fingerprint", lambda network: repr(network.config)),
+        _OnMeta(),
+    ):
+        texts = {each.frozen: each for each in learner.modules() if isinstance(each, TextNetwork)}.values()
+        encoder, images = learner.frozen_text(), torch.empty(1, 3, data["resolution"], data["resolution"])
+        assert encoder is not None
+        embeddings, sizes = encoder.embed([""]), torch.empty(1, 2, dtype=torch.long)
+        picture = Batch(images, None, [""], sizes, sizes, sizes, ["0"], 0, [], embeddings, embeddings)
+        if data.get("latents_from"):
+            picture.images, picture.latents = None, learner.encode(images)
 
-    def predict() -> Tensor:
-        length = sum(network.length for network in (encoder.clip, encoder.t5))
-        mask, pooled = torch.ones(1, length, dtype=torch.bool), torch.empty(1, encoder.pooled_dim)
-        text = Text(torch.empty(1, length, encoder.sequence_dim, requires_grad=True), mask, pooled)
-        x_t = torch.empty(1, denoiser.config.in_channels, side, side)
-        return denoiser(x_t, torch.empty(1), text, torch.empty(1, 6))
+        def loss() -> Tensor:
+            return learner.loss(picture, [torch.Generator()])
 
-    _imitate_autocast(denoiser)
-    with _kept(denoiser) as kept:
-        flops["U-Net"] = 3 * _flops(predict)
+        flops = {"autoencoder": 0.0, "text": 0.0}
+        if picture.images is not None:
+            flops["autoencoder"] = count_flops(lambda: learner.encode(images), use_gradient=False)
+        if not data.get("cache_text"):
+            flops["text"] = count_flops(lambda: encoder.embed([""]), use_gradient=False)
+        _imitate_autocast(learner)
+        with _kept(learner) as kept:
+            flops = {"training": count_flops(loss) - flops["autoencoder"]} | flops
+        checkpointed = _checkpointed_bytes(loss, learner)
+    trained = sum(weight.numel() for weight in learner.trainable_parameters())
+    averages = [each.model for each in learner.modules() if isinstance(each, EMA)]
+    averaged, text = num_parameters(*averages), num_parameters(*(_published(type(each)) for each in texts))
+    others = num_parameters(learner) - trained - averaged
     return Cost(
         trained,
-        num_parameters(*frozen),
+        others + text,
         STATE_BYTES * trained + 4 * averaged,
-        CAST_BYTES * trained + 4 * num_parameters(autoencoder) + 2 * num_parameters(*frozen[1:]),
-        flops,
+        CAST_BYTES * trained + 4 * others + 2 * text,
+        {name: value for name, value in flops.items() if value},
         _bytes(kept),
-        _checkpointed_bytes(predict, denoiser),
+        checkpointed,
     )
 
 
-def _autoencoder_cost(module: AutoencoderModule, config: dict[str, Any], size: int) -> Cost:
+def _autoencoder_cost(module: ReconstructionModule, config: dict[str, Any], size: int) -> Cost:
     import timm
 
     name = config["model"]["init_args"]["perceptual"]["init_args"]["model_name"]
     features = timm.create_model(name, features_only=True).requires_grad_(False)
     autoencoder, critic, images = module.autoencoder, module.discriminator, torch.empty(1, 3, size, size)
     assert critic is not None
-    last = autoencoder.kl.decoder.conv_out.weight
-
     for network in (autoencoder, critic, features):
         _imitate_autocast(network)
 
     def step() -> int:
         """One step of the autoencoder, then of the discriminator; gives what the first keeps."""
         with _kept(autoencoder, critic, features) as kept:
-            reconstructions, posterior = autoencoder(images)
+            reconstructions = autoencoder(images)[0]
             similarity = _sum(features(reconstructions)) + _sum(features(images)) + reconstructions.sum()
             adversarial = critic(reconstructions).sum()
         for term in (similarity, adversarial):  # the adaptive weight
-            torch.autograd.grad(term, last, retain_graph=True)
-        (similarity + adversarial + posterior.mean.sum() + posterior.logvar.sum()).backward()
+            torch.autograd.grad(term, autoencoder.last_layer.weight, retain_graph=True)
+        (similarity + adversarial).backward()
         (critic(images).sum() + critic(reconstructions.detach()).sum()).backward()
         return _bytes(kept)
 
-    with FlopCounterMode(display=False) as counter:
-        kept = step()
+    kept = step()
+    flops = {"autoencoder and losses": count_flops(step, use_gradient=False)}
     trained = num_parameters(autoencoder, critic)
     whole = (STATE_BYTES + CAST_BYTES) * trained + 4 * num_parameters(features)  # small: no need to shard it
-    flops = {"autoencoder and losses": counter.get_total_flops()}
     return Cost(trained, num_parameters(features), 0, whole, flops, kept, kept)
 
 
-def _published(network: TextNetwork) -> nn.Module:
-    """What the configurations of configs/emu name: CLIP ViT-L/14's text tower, T5-XXL's encoder."""
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+def _embed(network: TextNetwork, texts: list[str]) -> dict[str, Tensor]:
+    """In place of `TextNetwork.embed`, which wants files; of texts without padding."""
+    published, ids = _published(type(network)), torch.ones(len(texts), network.length, dtype=torch.long)
 
-    if isinstance(network, ClipText):
-        return CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-            )
-        )
-    assert isinstance(network, T5Text)
-    return T5EncoderModel(
-        T5Config(
-            d_model=4096, d_ff=10_240, d_kv=64, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
-        )
+    def unmasked(input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return published(input_ids)  # whether all of a mask is True is not known on the meta device
+
+    with torch.no_grad():
+        return {**network.run(unmasked, ids, ids.bool()), "mask": ids.bool()}
+
+
+def clip_l() -> nn.Module:
+    """CLIP ViT-L/14's text tower."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
+    return CLIPTextModel(config)
+
+
+def t5_xxl() -> nn.Module:
+    """T5-XXL 1.1's encoder."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        d_model=4096, d_ff=10_240, d_kv=64, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config)
+
+
+@cache
+def _published(kind: type[TextNetwork]) -> nn.Module:
+    """What the configurations name."""
+    return {ClipText: clip_l, T5Text: t5_xxl}[kind]()
 
 
 # --- counting -----------------------------------------------------------------------------------------------
@@ -204,12 +237,6 @@ def num_parameters(*networks: nn.Module) -> int:
 
 def _sum(maps: list[Tensor]) -> Tensor:
     return torch.stack([features.sum() for features in maps]).sum()
-
-
-def _flops(run: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def _imitate_autocast(network: nn.Module) -> None:
@@ -233,10 +260,7 @@ def _kept(*networks: nn.Module) -> Iterator[dict[int, Tensor]]:
             kept[storage] = tensor  # held, so that its storage is not given to another
         return tensor
 
-    with (
-        patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
+    with _OnMeta(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield kept
 
 
@@ -244,28 +268,37 @@ def _bytes(tensors: dict[int, Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
-def _kept_bytes(run: Callable[[], Tensor], *networks: nn.Module) -> int:
-    with _kept(*networks) as kept:
-        run()
-    return _bytes(kept)
-
-
-def _checkpointed_bytes(run: Callable[[], Tensor], denoiser: UNet) -> int:
+def _checkpointed_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
     inside: list[int] = []
     inputs: dict[int, Tensor] = {}
 
-    def checkpoint(block: Callable[..., Any], *arguments: Any) -> Any:
+    def checkpoint(block: nn.Module, *arguments: Any) -> Any:
         inputs.update({a.untyped_storage()._cdata: a for a in arguments if isinstance(a, Tensor)})
-        with _kept(denoiser) as kept:
+        with _kept(block) as kept:
             output = block(*arguments)
         inside.append(_bytes(kept))
         return output
 
-    denoiser.net.enable_gradient_checkpointing(checkpoint)
-    with _kept(denoiser) as outside:
+    networks = [each for each in trained_networks(module) if each._supports_gradient_checkpointing]
+    for network in networks:
+        network.enable_gradient_checkpointing(checkpoint)
+    with _kept(module) as outside:
         run()
-    denoiser.net.disable_gradient_checkpointing()
+    for network in networks:
+        network.disable_gradient_checkpointing()
     return _bytes(outside | inputs) + max(inside)
+
+
+class _OnMeta(TorchFunctionMode):
+    """What torch does on a GPU and not on the meta device, or would do otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.rand:  # a generator cannot be there
+            return func(*args, device="meta")
+        if func is nn.functional.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _fused_attention(

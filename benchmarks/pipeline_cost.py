@@ -12,21 +12,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from benchmarks.cost import (
     CAST_BYTES,
@@ -37,9 +29,12 @@ from benchmarks.cost import (
     _checkpointed_bytes,
     _imitate_autocast,
     _kept,
+    clip_l,
     num_parameters,
     report,
+    t5_xxl,
 )
+from emu_lightning.callbacks.throughput import count_flops
 from emu_lightning.models.lora import Lora, add_lora
 from emu_lightning.models.pipeline_families import Flux, PipelineFamily, StableDiffusion, StableDiffusionXL
 from emu_lightning.models.text import Text
@@ -65,14 +60,6 @@ class Published:
     text: tuple[int, int, int]
 
 
-def clip_l() -> nn.Module:
-    """CLIP ViT-L/14's text tower."""
-    config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    return CLIPTextModel(config)
-
-
 def clip_g() -> nn.Module:
     """OpenCLIP ViT-bigG/14's text tower."""
     config = CLIPTextConfig(
@@ -83,14 +70,6 @@ def clip_g() -> nn.Module:
         projection_dim=1280,
     )
     return CLIPTextModelWithProjection(config)
-
-
-def t5_xxl() -> nn.Module:
-    """T5-XXL 1.1's encoder."""
-    config = T5Config(
-        d_model=4096, d_ff=10_240, d_kv=64, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
-    )
-    return T5EncoderModel(config)
 
 
 def sdxl_unet() -> UNet2DConditionModel:
@@ -160,15 +139,10 @@ def cost_of(config: dict[str, Any]) -> Cost:
             x_t = torch.empty(1, pipeline.latent_channels, side, side)
             return pipeline.family.predict(denoiser, x_t, torch.empty(1), text, torch.empty(1, 6))
 
-        with FlopCounterMode(display=False) as counter:
-            predict().sum().backward()
-        flops = {denoiser.__class__.__name__: float(counter.get_total_flops())}
         _imitate_autocast(denoiser)
         with _kept(denoiser) as kept:
-            predict()
-        checkpointed = _checkpointed_bytes(
-            predict, SimpleNamespace(net=denoiser, parameters=denoiser.parameters)
-        )
+            flops = {type(denoiser).__name__: count_flops(lambda: predict().sum())}
+        checkpointed = _checkpointed_bytes(predict, denoiser)
     averaged = trained if overrides.get("ema_decay", 0.999) is not None else 0
     frozen = text + vae + (base if overrides.get("lora") else 0)
     on_gpu = frozen - vae - (text if overrides.get("offload_text") else 0)

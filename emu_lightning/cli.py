@@ -25,8 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "cache": ("cache", "encode pictures and captions once, before training: latents and text embeddings"),
     "sample": ("sample", "generate images for prompts"),
     "evaluate": ("evaluate", "judge two models on the same prompts: win rates with 95 % intervals"),
+    "upsample": ("upsample", "bring pictures of a manifest that are too small up to a size"),
     "export": ("export", "write a checkpoint as a folder of safetensors"),
-    "miniature": ("miniature", "make the miniature base model from nothing"),
+    "miniature": ("miniature", "make a miniature base model from nothing"),
+    "generators": ("generators", "tune and judge every carried base: latent, pixel, masked; one page"),
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it

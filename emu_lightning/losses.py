@@ -1,8 +1,8 @@
 """Losses of the autoencoder.
 
-All are means: per colour value, per image, over the batch. LDM sums over the values of an image instead;
-dividing its objective by their number gives this one, with equal relative weights, but here neither the size
-of the loss nor that of any weight depends on the resolution.
+All are means: per colour value, per image, over the batch; those of a codebook per value of the latents. LDM
+sums over the values of an image instead; dividing its objective by their number gives this one, with equal
+relative weights, but here neither the size of the loss nor that of any weight depends on the resolution.
 """
 
 from __future__ import annotations
@@ -34,6 +34,29 @@ def kl_loss(mean: Tensor, logvar: Tensor, num_values: int) -> Tensor:
         A scalar, in nats per colour value.
     """
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / (len(mean) * num_values)
+
+
+def codebook_loss(latents: Tensor, codes: Tensor) -> Tensor:
+    """mean |sg[z] - e|^2: draws codes to what is encoded as them (van den Oord et al. 2017, eq. 3, second
+    term).
+
+    Args:
+        latents: z (B, C, h, w); no gradient reaches them.
+        codes: e (B, C, h, w), the nearest code of each.
+
+    Returns:
+        A scalar, per value of the latents, as `commitment_loss`.
+    """
+    return functional.mse_loss(codes, latents.detach())
+
+
+def commitment_loss(latents: Tensor, codes: Tensor) -> Tensor:
+    """mean |z - sg[e]|^2: keeps the encoder at its codes (van den Oord et al. 2017, eq. 3, third term).
+
+    It is the one whose weight is called beta, there 0.25. diffusers' `VectorQuantizer` by default, for the
+    sake of old weights, gives beta to the other.
+    """
+    return functional.mse_loss(latents, codes.detach())
 
 
 def perceptual_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,20 @@ from emu_lightning.models.pretrained import Pretrained
 LENGTH = 8
 
 
+class Table(nn.Module):
+    """A frozen network of one block."""
+
+    _no_split_modules = ["Embedding"]
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        weights = torch.randn(256, 4, generator=torch.Generator().manual_seed(seed))
+        self.embedding = nn.Embedding.from_pretrained(weights)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+
 class Letters(FrozenTextEncoder, Pretrained):
     """Reads the first eight letters; half of it is frozen, a projection is trained.
 
@@ -26,12 +40,8 @@ class Letters(FrozenTextEncoder, Pretrained):
     def __init__(self, seed: int = 0, dim: int = 8) -> None:
         super().__init__()
         self.seed, self.sequence_dim, self.pooled_dim = seed, dim, dim
-        self.frozen = Frozen(self._load)
+        self.frozen = Frozen(lambda: Table(seed))
         self.projection = nn.Linear(4, dim)
-
-    def _load(self) -> nn.Embedding:
-        weights = torch.randn(256, 4, generator=torch.Generator().manual_seed(self.seed))
-        return nn.Embedding.from_pretrained(weights)
 
     def embed(self, texts: list[str]) -> dict[str, Tensor]:
         Letters.embedded += texts

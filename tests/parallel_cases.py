@@ -19,7 +19,6 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # as in conftest.py, for benchmarks
 
 import torch  # noqa: E402
-from diffusers.configuration_utils import register_to_config  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy, Strategy  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
@@ -27,26 +26,36 @@ from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 from emu_lightning.callbacks import Acceleration  # noqa: E402
 from emu_lightning.data.batch import Batch, collate  # noqa: E402
 from emu_lightning.models import (  # noqa: E402
+    EMA,
     Autoencoder,
-    FrozenTextEncoder,
+    MaskedTransformer,
     PatchDiscriminator,
     RandomFeatures,
-    Text,
+    VQAutoencoder,
 )
-from emu_lightning.models.frozen import Frozen  # noqa: E402
 from emu_lightning.models.lora import Lora  # noqa: E402
-from emu_lightning.models.pretrained import Pretrained  # noqa: E402
 from emu_lightning.modules import (  # noqa: E402
     AutoencoderModule,
+    CascadeModule,
     DiffusionModule,
+    MaskedModule,
+    MaskedSuperResolutionModule,
     PipelineModule,
     QualityTuningModule,
 )
 from emu_lightning.parallel import Sharded, blocks  # noqa: E402
 from emu_lightning.processes import Diffusion  # noqa: E402
 from emu_lightning.processes.seeding import Rng  # noqa: E402
+from tests.letters import Letters  # noqa: E402
 from tests.pipelines import make_pipeline  # noqa: E402
-from tests.tiny import make_batch, make_trainer, tiny_generator, tiny_unet  # noqa: E402
+from tests.tiny import (  # noqa: E402
+    make_batch,
+    make_trainer,
+    tiny_generator,
+    tiny_text,
+    tiny_unet,
+    tiny_upsampler,
+)
 
 WORLD = 2
 BATCH_SIZE, NUM_STEPS = 4, 3
@@ -127,7 +136,8 @@ class Losses(Callback):
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
+    # With the usual eps of 1e-8, rounding alone would decide where a weight with next to no gradient goes.
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-5)
 
 
 def diffusion(folder: Path) -> LightningModule:
@@ -138,51 +148,12 @@ def quality_tuning(folder: Path) -> LightningModule:
     return QualityTuningModule(str(folder / "base"), {"process.noise_offset": 0.1}, optimizer=adamw)
 
 
-class Letters(torch.nn.Module):
-    """A frozen network of one block."""
-
-    _no_split_modules = ["Embedding"]
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.embedding = torch.nn.Embedding(128, 4)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.embedding(ids)
-
-
-class LetterEncoder(FrozenTextEncoder, Pretrained):
-    """The first eight letters, embedded by a frozen network and read by a trained one."""
-
-    sequence_dim = pooled_dim = 8
-
-    @register_to_config
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = Frozen(Letters)
-        self.project = torch.nn.Linear(4, 8)
-
-    def embed(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([[*text.ljust(8).encode()[:8]] for text in texts])
-        with torch.no_grad():
-            return {"letters": self.frozen.network(ids)}
-
-    def read(self, embeddings: dict[str, torch.Tensor]) -> Text:
-        sequence = self.project(embeddings["letters"])
-        return Text(sequence, torch.ones(sequence.shape[:2], dtype=torch.bool), sequence.mean(1))
-
-    def fingerprint(self) -> str:
-        return "letters"
-
-
 class CachedText(DiffusionModule):
     """Every other batch comes with its embeddings, as from a cache."""
 
     def loss(self, batch: Batch, rng: Rng) -> torch.Tensor:
         encoder = self.text_encoder
-        assert isinstance(encoder, LetterEncoder)
+        assert isinstance(encoder, Letters)
         if batch.position // BATCH_SIZE % 2:
             batch.embeddings, batch.empty_embeddings = encoder.embed(batch.texts), encoder.embed([""])
         return super().loss(batch, rng)
@@ -190,7 +161,24 @@ class CachedText(DiffusionModule):
 
 def cached_text(folder: Path) -> LightningModule:
     torch.manual_seed(0)
-    return CachedText(tiny_unet(3), LetterEncoder(), Diffusion(), optimizer=adamw)
+    return CachedText(tiny_unet(3), Letters(), Diffusion(), optimizer=adamw)
+
+
+def cascade(folder: Path) -> LightningModule:
+    base = tiny_generator(process=Diffusion(noise_offset=0.02))
+    return CascadeModule(base, [tiny_upsampler()], optimizer=adamw)
+
+
+def masked(folder: Path) -> LightningModule:
+    torch.manual_seed(0)
+    vqs = [VQAutoencoder(16, 4, (8, 16), norm_groups=4, use_mid_attention=False).eval() for _ in range(2)]
+    sizes: dict[str, Any] = {"dim": 8, "num_layers": 2, "num_heads": 2, "sequence_dim": 8}
+    base = MaskedModule(MaskedTransformer(16, 4, **sizes), tiny_text(), vqs[0])
+    transformer = MaskedTransformer(16, 8, low_codebook_size=16, low_side=4, **sizes)
+    upsampler = MaskedSuperResolutionModule(
+        vqs[0], transformer=transformer, text_encoder=tiny_text(), vq=vqs[1]
+    )
+    return CascadeModule(base, [upsampler], optimizer=adamw)
 
 
 def lora(folder: Path) -> LightningModule:
@@ -267,6 +255,10 @@ def ddp() -> Strategy:
     return DDPStrategy(find_unused_parameters=True)  # the two networks of the autoencoder take turns
 
 
+def ddp_of_all() -> Strategy:
+    return DDPStrategy()  # refuses parameters that have no gradient
+
+
 def hsdp() -> Strategy:
     return Sharded(num_replicas=2)
 
@@ -290,11 +282,18 @@ CASES = {
         callbacks=(Acceleration(activation_checkpointing=True, channels_last=True), CompileBlock()),
     ),
     "quality-tuning, sharded": Case(quality_tuning, Sharded),
+    "cascade, ddp": Case(cascade, ddp_of_all),
+    "cascade, sharded": Case(cascade, Sharded, accumulate=2, callbacks=(Draw(),)),
+    "masked, ddp": Case(masked, ddp_of_all),
+    "masked, sharded": Case(masked, frozen_too, callbacks=(Draw(),)),
     "cached text, sharded": Case(cached_text, frozen_too),
     "lora, sharded": Case(lora, frozen_too),
     "autoencoder, ddp": Case(autoencoder, ddp),
     "autoencoder, sharded": Case(autoencoder, Sharded),
 }
+
+
+LOOKED_INTO = ("diffusion, sharded", "cascade, sharded")
 
 
 def prepare(folder: Path) -> None:
@@ -303,22 +302,24 @@ def prepare(folder: Path) -> None:
 
 
 def train_cases(rank: int, folder: Path) -> None:
-    """Leaves in ``folder`` the losses of every case, its weights as handed over, and a sharded checkpoint."""
+    """Leaves in ``folder`` the losses of every case and its weights as handed over; of some, more."""
     for name, case in CASES.items():
         losses, module, trainer = case.fit(folder)
         torch.save(losses, folder / f"{name}, {rank}.losses")
         module.save_pretrained(folder / name)  # type: ignore[operator]
-        if name == "diffusion, sharded":
-            trainer.save_checkpoint(folder / "sharded.ckpt", weights_only=False)
-            torch.save(module.generate(["a box"], [0]), folder / f"pictures {rank}")  # type: ignore[operator]
-            torch.save(held(module), folder / "held")
+        if name in LOOKED_INTO:
+            trainer.save_checkpoint(folder / f"{name}.ckpt", weights_only=False)
+            torch.save(module.generate(["a box"], [0]), folder / f"{name}, {rank}.pictures")  # type: ignore[operator]
+            torch.save(held(module), folder / f"{name}.held")
 
 
 def held(module: Any) -> dict[str, tuple[int, int]]:
     """How many numbers this process has of all that there are."""
     tensors = {
-        "weights": list(module.denoiser.parameters()),
-        "average": list(module.average.parameters()),
+        "weights": list(module.trainable_parameters()),
+        "average": [
+            weight for ema in module.modules() if isinstance(ema, EMA) for weight in ema.parameters()
+        ],
         "moments": [state["exp_avg"] for state in module.optimizers(use_pl_optimizer=False).state.values()],
     }
     return {

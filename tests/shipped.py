@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 from PIL import Image
 
-from emu_lightning.models import ClipText, JointTextEncoder, T5Text, UNet, load_autoencoder
-from emu_lightning.modules import DiffusionModule
-from emu_lightning.processes import Diffusion
+from emu_lightning.models import VQAutoencoder, load_autoencoder
+from emu_lightning.modules import CascadeModule, Generator
+from emu_lightning.modules.generator import Learner, build_learner
 from tests.data.tars import sample, write_tar
 from tests.pipelines import make_pipeline
 from tests.text_networks import make_clip, make_t5
@@ -27,9 +29,12 @@ CONFIGS = ROOT / "configs"
 RUN_CONFIGS = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent.name != "hardware"  # overlays: tests/test_parallel.py
+    # Not overlays (tests/test_parallel.py), recipes (tests/verbs/test_miniature.py) and what only assembles.
+    if {"model", "data"} <= yaml.safe_load(path.read_text()).keys()
 )
 SIDE = 32
+VQ_DOWNSAMPLING = 4
+LATENT = "emu_lightning/miniature/latent"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def tiny_data(config: dict[str, Any]) -> dict[str, Any]:
     if config["data"]["init_args"].get("buckets"):
         settings |= {"data.buckets.resolution": 2 * SIDE, "data.buckets.step": SIDE // 2}
     if config["data"]["init_args"].get("latents_from"):
-        settings["data.latents_from"] = "autoencoder"
+        settings["data.latents_from"] = "vq" if stage_of(config).startswith("Masked") else "autoencoder"
     return settings
 
 
@@ -81,7 +86,10 @@ TINY_SOURCE: dict[str, dict[str, Any]] = {
 
 def tiny_autoencoder_module(arguments: dict[str, Any]) -> dict[str, Any]:
     levels = len(arguments["autoencoder"]["init_args"]["block_channels"])
-    settings = {"model.autoencoder.block_channels": [8] * levels, "model.autoencoder.norm_groups": 4}
+    settings: dict[str, Any] = {
+        "model.autoencoder.block_channels": [8] * levels,
+        "model.autoencoder.norm_groups": 4,
+    }
     if arguments.get("discriminator"):
         settings |= {"model.discriminator.channels": 8, "model.discriminator.norm_groups": 4}
         settings |= {"model.adversarial_start": 1}
@@ -91,27 +99,63 @@ def tiny_autoencoder_module(arguments: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def tiny_diffusion_module(arguments: dict[str, Any]) -> dict[str, Any]:
-    levels = len(arguments["denoiser"]["init_args"]["block_channels"])
-    network = {
+def tiny_vq_autoencoder_module(arguments: dict[str, Any]) -> dict[str, Any]:
+    tiny = {"model.autoencoder.codebook_size": 8, "model.autoencoder.code_dim": 4}
+    return tiny_autoencoder_module(arguments) | tiny
+
+
+def tiny_denoiser(arguments: dict[str, Any]) -> dict[str, Any]:
+    shipped = arguments["denoiser"]["init_args"]
+    levels = len(shipped["block_channels"])
+    network: dict[str, Any] = {
         "block_channels": [8] * levels,
         "head_dim": 8,
         "norm_groups": 4,
         "sequence_dim": 8,
         "pooled_dim": 8,
     }
-    if levels > 2:
+    if isinstance(shipped["layers_per_block"], list):
+        network |= {"layers_per_block": [1] * levels, "level_dim": 8}
+    elif levels > 2:
         network |= {"layers_per_block": 1, "transformer_layers": [0] + [1] * (levels - 1), "size_dim": 8}
-    settings = {f"model.denoiser.{name}": value for name, value in network.items()}
+    return {f"model.denoiser.{name}": value for name, value in network.items()}
+
+
+def tiny_text(arguments: dict[str, Any]) -> dict[str, Any]:
     encoder = arguments["text_encoder"]["class_path"].rpartition(".")[2]
-    settings |= {f"model.text_encoder.{name}": value for name, value in TINY_TEXT[encoder].items()}
+    return {f"model.text_encoder.{name}": value for name, value in TINY_TEXT[encoder].items()}
+
+
+def tiny_diffusion_module(arguments: dict[str, Any]) -> dict[str, Any]:
+    settings = tiny_denoiser(arguments) | tiny_text(arguments)
     settings |= {"model.image_size": SIDE, "model.num_steps": 2}
     if arguments.get("autoencoder"):
         settings["model.autoencoder.init_args.folder"] = "autoencoder"
         settings["model.denoiser.in_channels"] = 4
     if arguments.get("init_from"):
-        settings["model.init_from"] = "emu_base"
+        settings["model.init_from"] = "base"
     return settings
+
+
+def tiny_super_resolution_module(arguments: dict[str, Any]) -> dict[str, Any]:
+    settings = tiny_denoiser(arguments) | tiny_text(arguments)
+    settings |= {"model.image_size": SIDE, "model.num_steps": 2}
+    if arguments.get("crop_size"):
+        settings["model.crop_size"] = SIDE // 2
+    return settings
+
+
+def tiny_masked_module(arguments: dict[str, Any]) -> dict[str, Any]:
+    network = {"dim": 8, "num_layers": 1, "num_heads": 2, "sequence_dim": 8, "codebook_size": 8}
+    network["side"] = SIDE // VQ_DOWNSAMPLING
+    settings: dict[str, Any] = {"model.vq.init_args.folder": "vq"}
+    if arguments.get("low_vq"):
+        network |= {"low_codebook_size": 8, "low_side": SIDE // 2 // VQ_DOWNSAMPLING}
+        settings["model.low_vq.init_args.folder"] = "vq"
+    settings |= {f"model.transformer.{name}": value for name, value in network.items()}
+    if arguments.get("init_from"):
+        settings["model.init_from"] = "base"
+    return settings | tiny_text(arguments) | {"model.num_steps": 2}
 
 
 TINY_TEXT: dict[str, dict[str, Any]] = {
@@ -124,6 +168,7 @@ TINY_TEXT: dict[str, dict[str, Any]] = {
         "t5.length": 16,
         "dim": 8,
     },
+    "SingleTextEncoder": {"network.path": "t5", "network.dim": 8, "network.length": 16, "dim": 8},
 }
 
 
@@ -135,7 +180,7 @@ def tiny_quality_tuning_module(arguments: dict[str, Any]) -> dict[str, Any]:
             "model.overrides": arguments["overrides"] | tiny,
             "data.latents_from": pipeline,
         }
-    return {"model.init_from": "emu_base" if arguments["init_from"].startswith("runs/emu/") else "base"}
+    return {"model.init_from": "base"}
 
 
 TINY_PIPELINES = {  # hub id -> name in tests/pipelines.py
@@ -147,38 +192,103 @@ TINY_PIPELINES = {  # hub id -> name in tests/pipelines.py
 TINY_MODEL: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "AutoencoderModule": tiny_autoencoder_module,
     "DiffusionModule": tiny_diffusion_module,
+    "MaskedModule": tiny_masked_module,
+    "MaskedSuperResolutionModule": tiny_masked_module,
     "QualityTuningModule": tiny_quality_tuning_module,
+    "SuperResolutionModule": tiny_super_resolution_module,
+    "VQAutoencoderModule": tiny_vq_autoencoder_module,
 }
+
+
+def tiny_settings(name: str) -> dict[str, Any]:
+    """By dotted names, as on the command line."""
+    config = read(name)
+    tiny_model = TINY_MODEL[stage_of(config)](config["model"]["init_args"])
+    return tiny_trainer(config) | tiny_data(config) | tiny_model
 
 
 def tiny_options(name: str) -> list[str]:
     """Command-line options with which a configuration trains in a second, in a `workplace`."""
-    config = read(name)
-    tiny_model = TINY_MODEL[stage_of(config)](config["model"]["init_args"])
-    settings = tiny_trainer(config) | tiny_data(config) | tiny_model
     return [
         f"--{option}={json.dumps(value) if isinstance(value, (list, dict)) else value}"
-        for option, value in settings.items()
+        for option, value in tiny_settings(name).items()
     ]
 
 
-def make_workplace(folder: Path, name: str | None = None) -> None:
-    """What stages start from, by the names that the options give: photographs, an autoencoder, a base.
+# --- what stages start from ---------------------------------------------------------------------------------
 
-    The pipeline that a configuration starts from is made for this one only.
+
+def tiny_stage(name: str, side: int = SIDE) -> Learner:
+    """The generator or upsampler of a configuration, made tiny, of pictures of ``side`` pixels, untrained.
+
+    Its networks are found in the working directory.
     """
-    init_from = read(name)["model"]["init_args"].get("init_from") if name else None
-    if pipeline := TINY_PIPELINES.get(init_from or ""):
-        make_pipeline(pipeline, folder / pipeline)
-    tiny_autoencoder().save(folder / "autoencoder")
-    generator = tiny_generator(
+    config = read(name)["model"]
+    arguments = {
+        key: each for key, each in config["init_args"].items() if key not in ("optimizer", "lr_scheduler")
+    }
+    for option, value in tiny_settings(name).items():
+        *parents, last = option.split(".")
+        if parents[:1] != ["model"]:
+            continue
+        place = arguments
+        for parent in parents[1:]:
+            place = place if parent == "init_args" else place[parent]
+            place = place.get("init_args", place)
+        place[last] = value
+    if "image_size" in arguments:
+        arguments["image_size"] = side
+    else:
+        arguments["transformer"]["init_args"]["side"] = side // VQ_DOWNSAMPLING
+    return build_learner({"class_path": config["class_path"], "init_args": arguments})
+
+
+def latent_base(folder: Path) -> Generator:
+    return tiny_generator(
         autoencoder=load_autoencoder(str(folder / "autoencoder")),
         denoiser=tiny_unet(4),
         image_size=SIDE,
         num_steps=2,
     )
-    generator.save_pretrained(folder / "base")
-    make_emu_base(folder).save_pretrained(folder / "emu_base")
+
+
+def cascade(base: str, upsampler: str, factor: int) -> Generator:
+    return CascadeModule(tiny_stage(base, SIDE // factor), [tiny_stage(upsampler)])
+
+
+BASES: dict[str, Callable[[Path], Generator]] = {  # what a configuration starts from -> its tiny kind
+    LATENT: latent_base,
+    "emu_lightning/miniature/pixel": lambda _: cascade(
+        "pixel/miniature_base.yaml", "pixel/miniature_super_resolution.yaml", 2
+    ),
+    "emu_lightning/miniature/masked": lambda _: cascade(
+        "masked/miniature_base.yaml", "masked/miniature_super_resolution.yaml", 2
+    ),
+    "runs/miniature/masked/base/": lambda _: tiny_stage("masked/miniature_base.yaml"),
+    "runs/emu/": lambda _: tiny_stage("emu/diffusion_256.yaml"),
+    "runs/imagen/": lambda _: cascade("imagen/base_64.yaml", "imagen/super_resolution_256.yaml", 4),
+    "runs/muse/": lambda _: cascade("muse/base_256.yaml", "muse/super_resolution_512.yaml", 2),
+}
+
+
+def make_workplace(folder: Path, name: str | None = None) -> None:
+    """What stages start from, by the names that the options give: photographs, autoencoders, a base.
+
+    The base is of the kind that this configuration starts from.
+    """
+    init_from = (read(name)["model"]["init_args"].get("init_from") if name else None) or LATENT
+    if pipeline := TINY_PIPELINES.get(init_from):
+        make_pipeline(pipeline, folder / pipeline)
+    tiny_autoencoder().save(folder / "autoencoder")
+    torch.manual_seed(0)
+    levels = VQ_DOWNSAMPLING.bit_length()
+    VQAutoencoder(8, 4, (8,) * levels, norm_groups=4, use_mid_attention=False).save(folder / "vq")
+    make_clip(folder / "clip")
+    make_t5(folder / "t5")
+    for start, make in BASES.items():
+        if init_from.startswith(start):
+            with chdir(folder):
+                make(folder).save_pretrained(folder / "base")
     (folder / "photographs").mkdir()
     for index in range(3):
         pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -201,24 +311,3 @@ def make_workplace(folder: Path, name: str | None = None) -> None:
         "selected": [True] * 4,
     }
     pq.write_table(pa.table(columns), folder / "manifest.parquet")
-
-
-def make_emu_base(folder: Path) -> DiffusionModule:
-    """Emu's networks, as tiny as the options make them: what stages of configs/emu start from."""
-    make_clip(folder / "clip")
-    make_t5(folder / "t5")
-    shipped = read("emu/diffusion_256.yaml")["model"]["init_args"]
-    tiny = tiny_diffusion_module(shipped)
-    network = {
-        name.removeprefix("model.denoiser."): value
-        for name, value in tiny.items()
-        if name.startswith("model.denoiser.")
-    }
-    return DiffusionModule(
-        UNet(**shipped["denoiser"]["init_args"] | network),
-        JointTextEncoder(ClipText("clip", dim=8), T5Text("t5", dim=8, length=16), dim=8),
-        Diffusion(),
-        load_autoencoder(str(folder / "autoencoder")),
-        image_size=SIDE,
-        num_steps=2,
-    )

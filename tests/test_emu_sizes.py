@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost
 from benchmarks.cost import parameter_counts
+from emu_lightning.callbacks.throughput import count_flops
 from emu_lightning.models import Text, UNet
 from tests.shipped import CONFIGS, RUN_CONFIGS, read
 
@@ -85,22 +87,28 @@ def test_it_is_built_at_full_size_and_its_head_says_what_it_costs(name: str):
 
 
 def test_flops_are_those_of_a_real_forward_and_backward_pass():
-    unet = UNet(
-        16, 8, (32, 64), 1, (0, 1), head_dim=8, sequence_dim=32, pooled_dim=8, use_size_condition=True
-    )
-    text = Text(
-        torch.randn(1, 5, 32, requires_grad=True), torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 8)
-    )
+    def make() -> tuple[UNet, Callable[[], torch.Tensor]]:
+        unet = UNet(
+            16, 8, (32, 64), 1, (0, 1), head_dim=8, sequence_dim=32, pooled_dim=8, use_size_condition=True
+        )
+        text = Text(
+            torch.randn(1, 5, 32, requires_grad=True), torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 8)
+        )
+        x_t, t, size = torch.randn(1, 16, 32, 32), torch.rand(1), torch.zeros(1, 6)
+        return unet, lambda: unet(x_t, t, text, size).sum()
 
-    def predict() -> torch.Tensor:
-        return unet(torch.randn(1, 16, 32, 32), torch.rand(1), text, torch.zeros(1, 6))
-
+    predict = make()[1]
     with (
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
-        predict().sum().backward()
-    assert 3 * cost._flops(predict) == pytest.approx(counter.get_total_flops(), rel=0.02)
+        predict().backward()
+    with torch.device("meta"):
+        unet, predict = make()
+        cost._imitate_autocast(unet)
+        with cost._kept(unet):
+            flops = count_flops(predict)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_kept_bytes_are_those_of_the_formula():

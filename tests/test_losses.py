@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import VectorQuantizer
 from torch.distributions import Normal, kl_divergence
 
 from emu_lightning.losses import (
     adaptive_weight,
+    codebook_loss,
+    commitment_loss,
     hinge_discriminator_loss,
     hinge_generator_loss,
     kl_loss,
@@ -36,6 +39,37 @@ def test_objective_has_the_relative_weights_of_latent_diffusion() -> None:
     ).sum() / 2
     ours = reconstruction_loss(x, y) + 0.1 * kl_loss(mean, logvar, num_values=192)
     assert torch.allclose(ours * 192, ldm)
+
+
+def test_codebook_terms_are_the_formula_each_on_its_own_side() -> None:
+    """van den Oord et al. 2017, eq. 3: |sg[z] - e|^2 moves e alone, beta |z - sg[e]|^2 moves z alone."""
+    z, e = (torch.randn(2, 4, 3, 3).requires_grad_() for _ in range(2))
+    distance = (z - e).detach().square().mean()
+    towards = 2 * (e - z).detach() / z.numel()  # d mean |z - e|^2 / d e, by hand
+    loss = codebook_loss(z, e)
+    assert torch.allclose(loss, distance)
+    by_z, by_e = torch.autograd.grad(loss, (z, e), allow_unused=True)
+    assert by_z is None and torch.allclose(by_e, towards)
+    loss = commitment_loss(z, e)
+    assert torch.allclose(loss, distance)
+    by_z, by_e = torch.autograd.grad(loss, (z, e), allow_unused=True)
+    assert by_e is None and torch.allclose(by_z, -towards)
+
+
+def test_codebook_terms_are_diffusers_own_where_it_follows_the_paper() -> None:
+    """`VectorQuantizer` does with legacy=False only."""
+    quantizer = VectorQuantizer(16, 4, beta=0.25, legacy=False)
+    quantizer.embedding.weight.data.normal_()
+    z = torch.randn(2, 4, 3, 3).requires_grad_()
+    _, expected, (_, _, ids) = quantizer(z)
+    e = quantizer.embedding(ids.view(2, 3, 3)).movedim(-1, 1)
+    found = codebook_loss(z, e) + 0.25 * commitment_loss(z, e)
+    inputs = (z, quantizer.embedding.weight)
+    assert torch.allclose(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert torch.allclose(ours, theirs)
 
 
 def test_hinge_losses_are_the_formulas() -> None:

@@ -36,7 +36,7 @@ from emu_lightning.parallel import (
     mean_where_logged,
 )
 from tests import parallel_cases
-from tests.parallel_cases import CASES, autoencoder
+from tests.parallel_cases import CASES, LOOKED_INTO, autoencoder
 from tests.shipped import CONFIGS, ROOT, make_workplace, tiny_options
 from tests.tiny import make_trainer, tiny_unet
 
@@ -78,31 +78,35 @@ def test_an_autoencoder_of_two_processes_reconstructs_like_that_of_one(name: str
     assert (together.latent_std != 1).all()
 
 
-def test_a_sharded_generator_draws_what_it_draws_when_whole(trained: tuple[Path, dict]) -> None:
+@pytest.mark.parametrize("name", LOOKED_INTO)
+def test_a_sharded_generator_draws_what_it_draws_when_whole(name: str, trained: tuple[Path, dict]) -> None:
     folder, _ = trained
-    whole = load_generator(folder / "diffusion, sharded").generate(["a box"], [0])
-    drawn = [torch.load(folder / f"pictures {rank}") for rank in range(parallel_cases.WORLD)]
+    whole = load_generator(folder / name).generate(["a box"], [0])
+    drawn = [torch.load(folder / f"{name}, {rank}.pictures") for rank in range(parallel_cases.WORLD)]
     assert torch.equal(*drawn) and torch.allclose(drawn[0], whole, atol=1e-6)
 
 
-def test_every_process_holds_a_part(trained: tuple[Path, dict]) -> None:
-    """Of weights, averages and optimizer moments, half; the rest is the frozen autoencoder's."""
+@pytest.mark.parametrize("name", LOOKED_INTO)
+def test_every_process_holds_a_part(name: str, trained: tuple[Path, dict]) -> None:
+    """Of weights, averages and optimizer moments, half; an odd length makes it a little more."""
     folder, _ = trained
-    held = torch.load(folder / "held")
+    held = torch.load(folder / f"{name}.held")
     for part, (local, whole) in held.items():
         assert 0.45 < local / whole < 0.6, part
 
 
-def test_a_consolidated_checkpoint_is_what_was_handed_over(trained: tuple[Path, dict]) -> None:
+@pytest.mark.parametrize("name", LOOKED_INTO)
+def test_a_consolidated_checkpoint_is_what_was_handed_over(name: str, trained: tuple[Path, dict]) -> None:
     folder, _ = trained
-    assert is_sharded(folder / "sharded.ckpt")
-    loaded = load_generator(folder / "sharded.ckpt")
-    expected = load_file(folder / "diffusion, sharded" / "model.safetensors")
+    checkpoint = folder / f"{name}.ckpt"
+    assert is_sharded(checkpoint)
+    loaded = load_generator(checkpoint)
+    expected = load_file(folder / name / "model.safetensors")
     state = loaded.sampling_state()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
-    cli.main(["export", f"--model={folder / 'sharded.ckpt'}", f"--out={folder / 'exported'}"])
-    exported = load_file(folder / "exported" / "model.safetensors")
+    cli.main(["export", f"--model={checkpoint}", f"--out={folder / 'exported' / name}"])
+    exported = load_file(folder / "exported" / name / "model.safetensors")
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
 
 
@@ -155,7 +159,7 @@ def truncate_shard(folder: Path, trap: Path) -> None:
     "spoil", [spoil_index, spoil_remainder, spoil_value, leave_out_remainder, truncate_shard]
 )
 def test_a_checkpoint_that_is_broken_or_holds_code_is_refused(spoil, trained, tmp_path: Path) -> None:
-    shutil.copytree(trained[0] / "sharded.ckpt", tmp_path / "spoilt.ckpt")
+    shutil.copytree(trained[0] / f"{LOOKED_INTO[0]}.ckpt", tmp_path / "spoilt.ckpt")
     spoil(tmp_path / "spoilt.ckpt", tmp_path / "trap")
     with pytest.raises((ValueError, FileNotFoundError), match="spoilt.ckpt") as refused:
         load_generator(tmp_path / "spoilt.ckpt")
@@ -215,7 +219,7 @@ def test_two_networks_in_turn_need_another_ddp(tmp_path: Path) -> None:
 
 def test_a_sharded_checkpoint_is_resumed_by_a_sharded_run_only(trained, in_tmp_path: Path, capsys) -> None:
     make_workplace(in_tmp_path)
-    sharded = trained[0] / "sharded.ckpt"
+    sharded = trained[0] / f"{LOOKED_INTO[0]}.ckpt"
     argv = ["fit", f"--config={CONFIGS / CONFIG}", "--run_dir=run", *tiny_options(CONFIG)]
     with pytest.raises(SystemExit) as ended:
         cli.main([*argv, f"--ckpt_path={sharded}"])

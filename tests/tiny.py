@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from emu_lightning.data.batch import Batch
-from emu_lightning.models import Autoencoder, SmallTextEncoder, UNet
-from emu_lightning.modules import DiffusionModule
+from emu_lightning.models import Autoencoder, PixelUNet, SmallTextEncoder, UNet
+from emu_lightning.modules import DiffusionModule, SuperResolutionModule
 from emu_lightning.processes import Diffusion
 
 CAPTIONS = ("a red ball in the snow", "a blue star at night", "one green ring, on a beach", "a box")
@@ -40,13 +40,17 @@ def tiny_unet(in_channels: int = 3, **arguments: Any) -> UNet:
     return UNet(in_channels, **{**defaults, **arguments})
 
 
+def tiny_text() -> SmallTextEncoder:
+    return SmallTextEncoder(dim=8, num_layers=1, num_heads=2, max_length=16, embedding_dim=2)
+
+
 def tiny_generator(seed: int = 0, in_pixels: bool = True, **arguments: Any) -> DiffusionModule:
     """Pictures of 8 pixels, in pixels or in the latents of a tiny autoencoder."""
     autoencoder = None if in_pixels else tiny_autoencoder(seed)
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
         "denoiser": tiny_unet(3 if in_pixels else 4),
-        "text_encoder": SmallTextEncoder(dim=8, num_layers=1, num_heads=2, max_length=16, embedding_dim=2),
+        "text_encoder": tiny_text(),
         "process": Diffusion(),
         "autoencoder": autoencoder,
         "image_size": 8,
@@ -55,6 +59,26 @@ def tiny_generator(seed: int = 0, in_pixels: bool = True, **arguments: Any) -> D
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     }
     return DiffusionModule(**{**defaults, **arguments})
+
+
+def tiny_upsampler(seed: int = 0, **arguments: Any) -> SuperResolutionModule:
+    """Pictures of 8 pixels to pictures of 16."""
+    torch.manual_seed(seed)
+    denoiser = PixelUNet(
+        block_channels=(8, 16), head_dim=8, sequence_dim=8, pooled_dim=8, norm_groups=4,
+        use_low_resolution=True, level_dim=8,
+    )  # fmt: skip
+    defaults: dict[str, Any] = {
+        "denoiser": denoiser,
+        "text_encoder": tiny_text(),
+        "process": Diffusion(),
+        "factor": 2,
+        "image_size": 16,
+        "num_steps": 2,
+        "guidance_scale": 2.0,
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    }
+    return SuperResolutionModule(**{**defaults, **arguments})
 
 
 def make_batch(position: int, size: int = 4, side: int = 8, texts: Sequence[str] = CAPTIONS) -> Batch:

@@ -7,6 +7,7 @@ from emu_lightning.callbacks.acceleration import Acceleration
 from emu_lightning.callbacks.preference import PreferenceEvaluation
 from emu_lightning.callbacks.samples import SampleGrid, SideBySide
 from emu_lightning.callbacks.schedule_free import ScheduleFree
+from emu_lightning.callbacks.super_resolution_grid import SuperResolutionGrid
 from emu_lightning.callbacks.throughput import Throughput
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "SampleGrid",
     "ScheduleFree",
     "SideBySide",
+    "SuperResolutionGrid",
     "Throughput",
 ]

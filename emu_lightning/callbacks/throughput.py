@@ -212,21 +212,23 @@ def _seconds_of_product(clock: Clock, matrix: Tensor) -> float:
     return clock.seconds(start, clock.mark())
 
 
-def count_flops(loss: Callable[[], Tensor]) -> float:
-    """Floating-point operations of a loss and its gradient, whichever kernels compute them.
+def count_flops(run: Callable[[], Any], use_gradient: bool = True) -> float:
+    """Floating-point operations of a computation and of its gradient, whichever kernels compute them.
 
     Matrix products, convolutions and attention are counted, a multiplication and an addition as two. What is
     recomputed in the backward pass is not, by activation checkpointing or inside fused attention.
 
     Args:
-        loss: computes the loss, a scalar; gradients are left in the parameters.
+        run: computes, with ``use_gradient`` a loss, a scalar; gradients are left in the parameters.
+        use_gradient: also differentiate the loss.
     """
     counter = _Counter(display=False)
     with counter:
-        value = loss()
-        counter.in_backward = True
-        value.backward()
-    counts = {str(kernel): flops for kernel, flops in counter.get_flop_counts()["Global"].items()}
+        value = run()
+        if use_gradient:
+            counter.in_backward = True
+            value.backward()
+    counts = {str(kernel): flops for kernel, flops in counter.get_flop_counts().get("Global", {}).items()}
     fused = sum(flops for kernel, flops in counts.items() if "attention" in kernel and "backward" in kernel)
     return sum(counts.values()) - fused / 5  # of its five products one is repeated
 

@@ -70,20 +70,24 @@ def resized(batch: Batch, side: int) -> Batch:
     """The batch with its images (square) resized to `side` pixels, antialiased, and the sizes to match.
 
     Raises:
-        ValueError: it has no images, or they are smaller: a stage would learn from blown-up pictures.
+        ValueError: it has no images, or they are not square, or smaller: a stage would learn from blown-up
+            pictures.
     """
     if batch.images is None:
         raise ValueError("stages learn from images, but the data gives latents: switch their cache off")
     height, width = batch.images.shape[-2:]
-    if (height, width) == (side, side):
+    if height != width:
+        raise ValueError(
+            f"stages learn from square images, but the data gives {height}x{width}: leave data.buckets out"
+        )
+    if height == side:
         return batch
-    if min(height, width) < side:
+    if height < side:
         raise ValueError(
             f"images of {height}x{width} are too small for a stage of {side} pixels: raise data.resolution"
         )
     images = interpolate(batch.images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-    scale = side / min(height, width)
-    crop = (batch.crop * scale).round().to(batch.crop.dtype)
+    crop = (batch.crop * side / height).round().to(batch.crop.dtype)
     return replace(batch, images=images, crop=crop, target_size=torch.full_like(batch.target_size, side))
 
 

@@ -39,16 +39,23 @@ class Encoder(Protocol):
     """What the cache needs of an autoencoder."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to (B, C, h, w) normalised latents."""
+        """(B, 3, H, W) in [-1, 1] to (B, C, h, w) latents, as the generator takes them."""
 
 
 def load_encoder(autoencoder: str | Path, device: torch.device) -> Encoder:
-    """The autoencoder in a folder, or that of a diffusers pipeline, frozen."""
-    from emu_lightning.models.autoencoder import Autoencoder  # diffusers takes seconds to import
+    """The autoencoder in a folder, of the class that wrote it, or that of a diffusers pipeline; frozen."""
+    # imported late: diffusers takes seconds
+    from emu_lightning.models import Autoencoder, PipelineVAE, VQAutoencoder
+    from emu_lightning.models.autoencoder import class_name
     from emu_lightning.models.pipeline_folder import is_pipeline
-    from emu_lightning.models.pipeline_vae import PipelineVAE
 
-    network = PipelineVAE if is_pipeline(autoencoder) else Autoencoder
+    network: type[Autoencoder | PipelineVAE | VQAutoencoder]
+    if is_pipeline(autoencoder):
+        network = PipelineVAE
+    elif class_name(autoencoder) == VQAutoencoder.__name__:
+        network = VQAutoencoder
+    else:
+        network = Autoencoder
     return network.from_pretrained(autoencoder).to(device).eval().requires_grad_(False)
 
 
@@ -171,7 +178,7 @@ class LatentCache:
 
     Args:
         source: the N pictures to encode.
-        autoencoder: folder written by `Autoencoder.save_pretrained`, or a diffusers pipeline.
+        autoencoder: folder of an `Autoencoder` or a `VQAutoencoder`, or a diffusers pipeline.
         size: side of the square in pixels, or (N, 2) height and width of each picture.
         folder: where caches live; made if it is not there.
         dtype: of the latents in the files; batches have float32.

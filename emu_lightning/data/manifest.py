@@ -35,6 +35,7 @@ from emu_lightning.data.storage import (
     read_file,
     read_part,
 )
+from emu_lightning.files import write_whole
 
 COLUMNS = {
     "uid": pa.large_string(),
@@ -74,7 +75,7 @@ def read_manifest(file: StoredFile, keep: str | None, caption: str) -> pa.Table:
         columns = list(dict.fromkeys(needed))
         table = pq.read_table(path, columns=columns, filesystem=store, partitioning=None)
     except pa.ArrowException as error:
-        raise ValueError(f"{file.url} is no Parquet file, or damaged: {error}") from None
+        raise _damaged(file, error) from None
     if keep is not None:
         if not pa.types.is_boolean(there.field(keep).type):
             raise ValueError(
@@ -100,6 +101,35 @@ def read_manifest(file: StoredFile, keep: str | None, caption: str) -> pa.Table:
             )
     complete["uri"] = _absolute(complete["uri"], file.url.rpartition("/")[0])
     return pa.table(complete)
+
+
+def read_table(file: StoredFile) -> pa.Table:
+    """All rows and columns of a manifest as they are, but each `uri` absolute, or a URL.
+
+    Raises:
+        ValueError: it is no Parquet file, or has no column `uri`.
+    """
+    store, path = filesystem(file.url)
+    try:
+        table = pq.read_table(path, filesystem=store, partitioning=None)
+        uris = table["uri"].cast(COLUMNS["uri"])
+    except pa.ArrowException as error:
+        raise _damaged(file, error) from None
+    except KeyError:
+        raise ValueError(f"manifest {file.url} has no column uri") from None
+    absolute = _absolute(uris, file.url.rpartition("/")[0])
+    return table.set_column(table.column_names.index("uri"), "uri", absolute)
+
+
+def write_table(table: pa.Table, path: str | Path) -> None:
+    """Writes a manifest whole or not at all."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    write_whole(path, buffer.getvalue().to_pybytes())
+
+
+def _damaged(file: StoredFile, error: pa.ArrowException) -> ValueError:
+    return ValueError(f"{file.url} is no Parquet file, or damaged: {error}")
 
 
 def _absolute(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
@@ -218,6 +248,11 @@ class Manifest(Source):
     def uid(self, index: int) -> str:
         uid: str = self._value("uid", index)
         return uid
+
+    def sha256(self, index: int) -> str:
+        """Of the bytes of the picture at `index`, as the manifest has it."""
+        sha256: str = self._value("sha256", index)
+        return sha256
 
     def uids(self) -> list[str]:
         uids: list[str] = self._table["uid"].to_pylist()

@@ -23,6 +23,9 @@ APPEAL_QUESTION, FAITHFULNESS_QUESTION = (
     "Which picture shows what the prompt says?",
 )
 
+NOT_CHOSEN = "Not chosen: every so-many-th prompt. The number is the judge's appeal, from 0 to 1."
+LOST = "The prompts on which the tuned picture lost most faithfulness, then most appeal."
+
 
 def comparison_page(
     title: str,
@@ -63,36 +66,14 @@ def comparison_page(
         ),
         *cards,
     ]
-    detail = f"{len(prompts)} prompts, equal seeds"
-    scores = {"base": result.base_appeal, "tuned": result.tuned_appeal}
-    shown = _evenly(len(prompts), 24)
-    lost = _worst(result, 8)
+    shown = evenly(len(prompts), 24)
     body = [
-        Section(
-            "Result",
-            [
-                report.key_figures(figures),
-                report.win_bar(APPEAL_QUESTION, appeal, detail=detail),
-                report.win_bar(FAITHFULNESS_QUESTION, faithfulness, detail=detail),
-                report.difference_bar(
-                    "Faithfulness, win minus lose", faithfulness, detail=detail, margin=0.03
-                ),
-            ],
-        ),
-        Section(
-            "Pictures",
-            [_grid(pictures, prompts, scores, shown)],
-            "Not chosen: every so-many-th prompt. The number is the judge's appeal, from 0 to 1.",
-        ),
+        Section("Result", [report.key_figures(figures), *win_bars(result)]),
+        Section("Pictures", [grid(result, pictures, prompts, shown)], NOT_CHOSEN),
     ]
+    lost = worst(result, 8)
     if len(lost):
-        body.append(
-            Section(
-                "Where tuning lost",
-                [_grid(pictures, prompts, scores, lost)],
-                "The prompts on which the tuned picture lost most faithfulness, then most appeal.",
-            )
-        )
+        body.append(Section("Where tuning lost", [grid(result, pictures, prompts, lost)], LOST))
     if slices:
         tables = report.slice_table(
             {group: _by(names, result, prompts) for group, names in slices.items()},
@@ -127,12 +108,25 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _grid(
+def win_bars(result: Comparison) -> list[Html]:
+    """The answers to both questions, and what faithfulness won or lost."""
+    appeal, faithfulness = result.appeal, result.faithfulness
+    detail = f"{appeal.num_prompts} prompts, equal seeds"
+    return [
+        report.win_bar(APPEAL_QUESTION, appeal, detail=detail),
+        report.win_bar(FAITHFULNESS_QUESTION, faithfulness, detail=detail),
+        report.difference_bar("Faithfulness, win minus lose", faithfulness, detail=detail, margin=0.03),
+    ]
+
+
+def grid(
+    result: Comparison,
     pictures: Mapping[str, Pictures],
     prompts: Sequence[str],
-    scores: Mapping[str, NDArray[np.float64]],
     rows: NDArray[np.intp],
 ) -> Html:
+    """Base and tuned pictures of some prompts, with the judge's appeal."""
+    scores = {"base": result.base_appeal, "tuned": result.tuned_appeal}
     return report.figure_grid(
         {name: array[rows] for name, array in pictures.items()},
         [prompts[i] for i in rows],
@@ -140,11 +134,12 @@ def _grid(
     )
 
 
-def _evenly(num: int, wanted: int) -> NDArray[np.intp]:
+def evenly(num: int, wanted: int) -> NDArray[np.intp]:
+    """Every so-many-th of ``num``, ``wanted`` of them where there are as many."""
     return np.unique(np.linspace(0, num - 1, min(num, wanted)).round().astype(np.intp))
 
 
-def _worst(result: Comparison, wanted: int) -> NDArray[np.intp]:
+def worst(result: Comparison, wanted: int) -> NDArray[np.intp]:
     """Prompts the tuned model lost, the greatest losses of faithfulness first, then of appeal."""
     faithfulness = result.tuned_faithfulness - result.base_faithfulness
     appeal = result.tuned_appeal - result.base_appeal

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from emu_lightning.files import write_whole
 
+GENERATE_OPTIONS = ("num_steps", "guidance_scale", "negative_prompt")
+
 
 class Generates(Protocol):
     """Anything that makes pictures of prompts; every generator and its quality-tuning do."""
@@ -85,7 +87,7 @@ def generate_folder(
 
     Args:
         settings: what the pictures depend on besides prompts and seeds (which model, its hash, steps,
-            guidance); ``num_steps``, ``guidance_scale`` and ``negative_prompt`` in it are passed on.
+            guidance); what of :data:`GENERATE_OPTIONS` is in it is passed on.
 
     Raises:
         ValueError: the folder holds pictures of other prompts, seeds or settings.
@@ -102,6 +104,7 @@ def generate_folder(
     write_whole(path, json.dumps(manifest, indent=1) + "\n")
     files = [folder / f"{i:05d}.png" for i in range(len(prompts))]
     missing = [i for i, file in enumerate(files) if not file.exists()]
+    options = {name: settings[name] for name in GENERATE_OPTIONS if name in settings}
     with tqdm(
         total=len(files), initial=len(files) - len(missing), desc=description, unit="picture"
     ) as progress:
@@ -110,9 +113,7 @@ def generate_folder(
             images = generator.generate(
                 [prompts[i] for i in part],
                 [seeds[i] for i in part],
-                num_steps=settings.get("num_steps"),
-                guidance_scale=settings.get("guidance_scale"),
-                negative_prompt=settings.get("negative_prompt", ""),
+                **options,
             )
             for i, picture in zip(part, to_uint8(images), strict=True):
                 write_png(files[i], picture)

@@ -96,19 +96,11 @@ def headline(
         tuned: what the tuned model is called.
         margin: the share of prompts that may be lost without calling it a loss.
     """
-    low, high = appeal.win_minus_lose_ci95
-    is_preferred = low > 0
+    is_preferred, is_worse = _preference(appeal)
     opening = (
-        "" if is_preferred else "Tuning made the pictures worse: " if high < 0 else "No clear preference: "
+        "" if is_preferred else "Tuning made the pictures worse: " if is_worse else "No clear preference: "
     )
-    low, high = faithfulness.win_minus_lose_ci95
-    is_faithful = high >= 0 and low >= -margin
-    if is_faithful:
-        verdict = "follows the prompts better" if low > 0 else "follows the prompts no worse"
-    elif high < 0:
-        verdict = "follows the prompts less well"
-    else:
-        verdict = f"may lose more than {100 * margin:g} points of faithfulness to the prompts"
+    is_faithful, verdict = _verdict(faithfulness, margin)
     link = "and" if is_preferred == is_faithful else "but"
     num = (
         f"{appeal.num_prompts:,} prompts"
@@ -130,6 +122,47 @@ def headline(
         ),
         ".",
     )
+
+
+def headline_of_several(rates: Mapping[str, tuple[WinRate, WinRate]], *, margin: float = 0.03) -> Html:
+    """The results of several tuned models in a sentence or two, under the conditions of :func:`headline`.
+
+    Args:
+        rates: model -> its appeal and its faithfulness, each against its own base, on the same prompts.
+        margin: as for :func:`headline`.
+    """
+    num_preferred = sum(_preference(appeal)[0] for appeal, _ in rates.values())
+    num_prompts = next(appeal.num_prompts for appeal, _ in rates.values())
+    wins = [
+        join(
+            f", {name} " if i else f"{name} wins ",
+            _tag("strong", percent(appeal.win)),
+            _tag("small", f" ({percent_interval(appeal.ci95)})"),
+        )
+        for i, (name, (appeal, _)) in enumerate(rates.items())
+    ]
+    verdicts = [f"{name} {_verdict(faithfulness, margin)[1]}" for name, (_, faithfulness) in rates.items()]
+    return join(
+        f"Tuned pictures are preferred to their base’s for {num_preferred} of {len(rates)} generators: ",
+        *wins,
+        f" of {num_prompts:,} prompts on appeal; {', '.join(verdicts)}.",
+    )
+
+
+def _preference(appeal: WinRate) -> tuple[bool, bool]:
+    """Whether the interval of win minus lose is above 0, and whether it is below."""
+    low, high = appeal.win_minus_lose_ci95
+    return low > 0, high < 0
+
+
+def _verdict(faithfulness: WinRate, margin: float) -> tuple[bool, str]:
+    """Whether no more than ``margin`` of the prompts can have been lost, and what may be said of it."""
+    low, high = faithfulness.win_minus_lose_ci95
+    if high >= 0 and low >= -margin:
+        return True, "follows the prompts better" if low > 0 else "follows the prompts no worse"
+    if high < 0:
+        return False, "follows the prompts less well"
+    return False, f"may lose more than {100 * margin:g} points of faithfulness to the prompts"
 
 
 @dataclass(frozen=True)
@@ -381,6 +414,11 @@ def _measured(series: Series, title: str) -> _Line:
     return line
 
 
+def heading(title: str, intro: str = "") -> Html:
+    """What stands over a few pieces within a section."""
+    return join(_tag("h3", title), _tag("p", intro))
+
+
 def columns(*parts: Html) -> Html:
     """Pieces side by side where there is room."""
     return _tag("div", *parts, css="columns")
@@ -394,6 +432,7 @@ def figure_grid(
     captions: Sequence[str],
     *,
     scores: Mapping[str, ArrayLike] | None = None,
+    num_columns: int | None = None,
 ) -> Html:
     """The same prompts drawn by several models, side by side, enlarged without smoothing.
 
@@ -403,6 +442,7 @@ def figure_grid(
         pictures: for each model, from left to right, its (N, H, W, 3) uint8 pictures.
         captions: the N prompts.
         scores: for each model its N scores, printed under the pictures; a prompt's best is bold.
+        num_columns: models beside each other before a new row begins; all of them where left out.
     """
     num = len(captions)
     for name, images in pictures.items():
@@ -415,7 +455,7 @@ def figure_grid(
     side = max(images.shape[2] for images in pictures.values())
     # Whole multiples keep every pixel the same size.
     shown = min(_MAX_SIDE, side * max(1, round(_SHOWN_SIDE / side)))
-    style = f"--count:{len(pictures)};--side:{shown}px"
+    style = f"--count:{num_columns or len(pictures)};--side:{shown}px"
 
     def cell(name: str, i: int) -> Html:
         picture = _tag("img", alt=f"{name}: {captions[i]}", src=_data_url(pictures[name][i]))

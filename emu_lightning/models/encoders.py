@@ -1,4 +1,4 @@
-"""Frozen text networks, and Emu's way of reading two of them: CLIP and T5."""
+"""Frozen text networks, and how generators read them: one alone, or Emu's CLIP and T5."""
 
 from __future__ import annotations
 
@@ -265,6 +265,41 @@ class T5Text(HubText):
         return {"sequence": network(input_ids=ids, attention_mask=mask).last_hidden_state}
 
 
+class SingleTextEncoder(FrozenTextEncoder, ConfigMixin):
+    """One frozen network, projected to the width that the generator reads: T5 for Imagen and for Muse.
+
+    Only the projection is trained, saved and averaged over. Pooled is the mean over the text's tokens.
+
+    Args:
+        network: the frozen one.
+        dim: D, the width of the sequence and of the pooled text.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, network: TextNetwork, dim: int = 1024) -> None:
+        super().__init__()
+        self.network = network
+        self.sequence_dim = self.pooled_dim = dim
+        self.projection = nn.Linear(network.dim, dim)
+
+    def embed(self, texts: list[str]) -> dict[str, Tensor]:
+        """What the network makes of B texts: "sequence" (B, L, D) with its own D, "mask" (B, L) bool."""
+        embeddings = self.network.embed(texts)
+        return {"sequence": embeddings["sequence"], "mask": embeddings["mask"]}
+
+    def read(self, embeddings: dict[str, Tensor]) -> Text:
+        weight = self.projection.weight
+        mask = embeddings["mask"].to(weight.device)
+        sequence = self.projection(embeddings["sequence"].to(weight)) * mask[..., None]
+        pooled = sequence.sum(1) / mask.sum(1, keepdim=True)  # "" has its end token
+        return Text(sequence, mask, pooled)
+
+    def fingerprint(self) -> str:
+        return self.network.fingerprint()
+
+
 class JointTextEncoder(FrozenTextEncoder, ConfigMixin):
     """CLIP and T5, each projected to one width and joined along the sequence; pooled is CLIP's.
 
@@ -312,6 +347,14 @@ class JointTextEncoder(FrozenTextEncoder, ConfigMixin):
 
     def fingerprint(self) -> str:
         return hashlib.sha256((self.clip.fingerprint() + self.t5.fingerprint()).encode()).hexdigest()
+
+
+def share_networks(module: nn.Module) -> None:
+    """Text networks of equal settings in `module` hold one frozen network between them."""
+    first: dict[str, Frozen[nn.Module]] = {}
+    for each in module.modules():
+        if isinstance(each, TextNetwork):
+            each.frozen = first.setdefault(f"{type(each)} {each.config}", each.frozen)
 
 
 def snapshot(path: str) -> Path:

@@ -75,11 +75,11 @@ class PipelineFamily(ABC):
         return int(config["in_channels"])
 
     def encode(
-        self, pipeline: Any, texts: list[str], device: torch.device, is_guided: bool
+        self, pipeline: Any, texts: list[str], device: torch.device, negative_prompt: str | None
     ) -> tuple[Any, ...]:
         """What the pipeline's `encode_prompt` returns, in the order of `encoded`; None without guidance."""
         encoded: tuple[Any, ...] = pipeline.encode_prompt(
-            texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=is_guided
+            texts, device=device, num_images_per_prompt=1, **_guidance(negative_prompt, len(texts))
         )
         return encoded
 
@@ -208,10 +208,10 @@ class StableDiffusion3(PipelineFamily):
     is_flow = True
 
     def encode(
-        self, pipeline: Any, texts: list[str], device: torch.device, is_guided: bool
+        self, pipeline: Any, texts: list[str], device: torch.device, negative_prompt: str | None
     ) -> tuple[Any, ...]:
         encoded: tuple[Any, ...] = pipeline.encode_prompt(
-            texts, None, None, device=device, do_classifier_free_guidance=is_guided
+            texts, None, None, device=device, **_guidance(negative_prompt, len(texts))
         )
         return encoded
 
@@ -248,8 +248,13 @@ class Flux(PipelineFamily):
         return int(config["in_channels"]) // 4
 
     def encode(
-        self, pipeline: Any, texts: list[str], device: torch.device, is_guided: bool
+        self, pipeline: Any, texts: list[str], device: torch.device, negative_prompt: str | None
     ) -> tuple[Any, ...]:
+        if negative_prompt:
+            raise ValueError(
+                f"{self.pipeline.__name__} predicts once, under the prompt, and has nothing to move away from: "
+                "leave negative_prompt out"
+            )
         sequence, pooled, _ = pipeline.encode_prompt(texts, device=device)  # the last are places, all zero
         return sequence, pooled
 
@@ -276,6 +281,12 @@ FAMILIES: dict[str, type[PipelineFamily]] = {
     family.pipeline.__name__: family
     for family in (StableDiffusion, StableDiffusionXL, PixArtAlpha, PixArtSigma, StableDiffusion3, Flux)
 }
+
+
+def _guidance(negative_prompt: str | None, num: int) -> dict[str, Any]:
+    """Arguments of `encode_prompt` for `num` texts: None is no guidance, "" the pipeline's own no prompt."""
+    given = {"negative_prompt": [negative_prompt] * num} if negative_prompt else {}
+    return {"do_classifier_free_guidance": negative_prompt is not None, **given}
 
 
 def timesteps(t: Tensor) -> Tensor:
@@ -371,12 +382,20 @@ class TextSide(nn.Module):
         return bool(self._pipeline[0].config.get("force_zeros_for_empty_prompt", False))
 
     @torch.no_grad()
-    def forward(self, texts: list[str], is_guided: bool) -> dict[str, Tensor]:
-        """Embeddings (B, ...) of texts and, with guidance, named negative_..., of the unconditional text."""
+    def forward(self, texts: list[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
+        """Embeddings (B, ...) of texts and, named negative_..., of what guidance moves away from.
+
+        Args:
+            texts: B.
+            negative_prompt: "" is what the pipeline takes for no prompt; None is no guidance.
+
+        Raises:
+            ValueError: the pipeline has no use for a negative prompt.
+        """
         device = next(self.encoders.parameters()).device
         # without autocast, else a cache would hold other embeddings, and T5 overflows in float16
         with _without_warnings(), torch.autocast(device.type, enabled=False):
-            encoded = self.family.encode(self._pipeline[0], texts, device, is_guided)
+            encoded = self.family.encode(self._pipeline[0], texts, device, negative_prompt)
         return {
             name: value for name, value in zip(self.family.encoded, encoded, strict=True) if value is not None
         }
@@ -426,13 +445,13 @@ class PipelineTextEncoder(FrozenTextEncoder):
         self.family, self.folder, self.dtype = family, folder, dtype
         self.side = Frozen(lambda: TextSide(family, folder, dtype), offload)
 
-    def embed_for_call(self, prompts: list[str], is_guided: bool) -> dict[str, Tensor]:
-        """Arguments of the pipeline's call that stand for its `prompt` (B texts)."""
-        return self.side.network(prompts, is_guided)
+    def embed_for_call(self, prompts: list[str], negative_prompt: str | None) -> dict[str, Tensor]:
+        """Arguments of the pipeline's call that stand for its `prompt` (B texts); see :class:`TextSide`."""
+        return self.side.network(prompts, negative_prompt)
 
     def embed(self, texts: list[str]) -> dict[str, Tensor]:
         side = self.side.network
-        embeddings: dict[str, Tensor] = side(texts, False)
+        embeddings: dict[str, Tensor] = side(texts)
         if side.has_zeros_for_empty:
             for row, text in enumerate(texts):
                 if text == "":

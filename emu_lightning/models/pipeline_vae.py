@@ -9,9 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from emu_lightning.models.autoencoder import Rng, refuse_other_sides
 from emu_lightning.models.pipeline_folder import load_network, pipeline_folder
-
-Rng = torch.Generator | list[torch.Generator]
 
 
 class PipelineVAE(nn.Module):
@@ -62,12 +61,7 @@ class PipelineVAE(nn.Module):
         Raises:
             ValueError: the images' sides are not multiples of `downsampling`.
         """
-        height, width = images.shape[-2:]
-        if height % self.downsampling or width % self.downsampling:
-            raise ValueError(
-                f"images of {height}x{width} do not fit an autoencoder of downsampling {self.downsampling}: "
-                "resize them so that it divides both sides"
-            )
+        refuse_other_sides(images, self.downsampling)
         with torch.autocast(images.device.type, enabled=False):  # SDXL's overflows in float16
             posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return ((posterior.mode() if rng is None else posterior.sample(rng)) - self.shift) * self.scale

@@ -10,11 +10,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from emu_lightning.models.pretrained import Pretrained
+from emu_lightning.models.denoiser import Denoiser
 from emu_lightning.models.text import Text
 
 
-class UNet(Pretrained):
+class UNet(Denoiser):
     """diffusers' `UNet2DConditionModel` in this package's words; the network itself is `.net`.
 
     The text enters twice: its sequence by cross-attention, its pooled embedding beside the time embedding.
@@ -92,17 +92,7 @@ class UNet(Pretrained):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, text: Text, size: Tensor | None = None) -> Tensor:
-        """Predicts.
-
-        Args:
-            x_t: (B, C, H, W).
-            t: (B,) in [0, 1]; the network sees 1000 * t, as diffusers' pipelines give it.
-            text: of B texts.
-            size: (B, 6) or (1, 6) in pixels: original height and width, top and left of the crop, target
-                height and width. Ignored without `use_size_condition`.
-
-        Returns:
-            The prediction, (B, C, H, W).
+        """As `Denoiser`'s.
 
         Raises:
             ValueError: the U-Net has size conditioning and no size is given.

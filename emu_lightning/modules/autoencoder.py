@@ -1,8 +1,9 @@
-"""Trains the autoencoder: reconstruction, perceptual, KL and patch-adversarial loss."""
+"""Trains autoencoders: reconstruction, perceptual, KL and patch-adversarial loss."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -35,6 +36,7 @@ from emu_lightning.models import (
     PatchDiscriminator,
     PooledFeatures,
     RandomFeatures,
+    VQAutoencoder,
 )
 from emu_lightning.parallel import Sharded, gathered, mean_where_logged
 from emu_lightning.processes.seeding import generators_for
@@ -42,32 +44,29 @@ from emu_lightning.processes.seeding import generators_for
 log = logging.getLogger(__name__)
 
 
-class AutoencoderModule(LightningModule):
-    """The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Emu, section 3.1), with its
-    losses.
+class ReconstructionModule(LightningModule, ABC):
+    """What all autoencoders share: to reconstruct, judged by pixels, by features and by a discriminator.
 
     The objective, per colour value (see `losses`)::
 
-        reconstruction + perceptual_weight * perceptual + kl_weight * kl
+        reconstruction + perceptual_weight * perceptual + bottleneck
             + adversarial_weight * adaptive * adversarial        from step adversarial_start on
 
-    Emu states an adversarial loss but no weight, start, or perceptual network: the defaults are choices,
-    LDM's unless said otherwise below. LDM's output variance is left out: it is in no optimizer there, so it
-    stays 1.
+    where the bottleneck's part is a subclass's. Emu states an adversarial loss but no weight, start, or
+    perceptual network: the defaults are choices, LDM's unless said otherwise below.
 
     Lightning's `global_step`, and so `max_steps`, checkpoint names and the x-axis of the logs, counts steps
     of the autoencoder only. Randomness is a function of (seed, each sample's position), so that a resumed run
     repeats the uninterrupted one.
 
     Args:
-        autoencoder: the network; its `latent_mean` and `latent_std` are measured when training ends.
+        autoencoder: the network.
         discriminator: None trains without adversarial loss.
         perceptual: features of the perceptual loss; None trains without it.
         metric_features: features of the validation metrics, named after them; by default `RandomFeatures` of
             another seed than the loss's. Use a network with real weights for figures that others can compare.
         reconstruction: absolute or squared differences.
         perceptual_weight: of the perceptual loss. LDM has 1.0 for LPIPS; random features want 0.1 at most.
-        kl_weight: of the KL divergence to the standard normal.
         adversarial_weight: of the adversarial loss.
         adversarial_start: step from which the discriminator takes part; it is not evaluated before. LDM
             waits for 50,001 steps.
@@ -78,20 +77,17 @@ class AutoencoderModule(LightningModule):
         lr_scheduler: of the autoencoder's learning rate, stepped once per training step; the discriminator's
             rate stays constant.
         gradient_clip: largest gradient norm, for each of the two networks; None does not clip.
-        num_latent_batches: batches (validation, else training) that the latents' shift and scale are measured
-            on.
-        seed: of the posterior's noise.
+        seed: of all that is drawn.
     """
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: Autoencoder | VQAutoencoder,
         discriminator: PatchDiscriminator | None = None,
         perceptual: FeatureNetwork | None = None,
         metric_features: FeatureNetwork | None = None,
         reconstruction: Literal["l1", "l2"] = "l1",
         perceptual_weight: float = 0.1,
-        kl_weight: float = 1e-6,
         adversarial_weight: float = 0.5,
         adversarial_start: int = 0,
         use_adaptive_weight: bool = True,
@@ -99,7 +95,6 @@ class AutoencoderModule(LightningModule):
         discriminator_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_clip: float | None = None,
-        num_latent_batches: int = 16,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -110,7 +105,6 @@ class AutoencoderModule(LightningModule):
         self.metrics = ReconstructionMetrics(metric_features or RandomFeatures(seed=1))
         self.reconstruction: Literal["l1", "l2"] = reconstruction
         self.perceptual_weight = perceptual_weight
-        self.kl_weight = kl_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
         self.use_adaptive_weight = use_adaptive_weight
@@ -118,15 +112,11 @@ class AutoencoderModule(LightningModule):
         self.discriminator_optimizer = discriminator_optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_clip = gradient_clip
-        self.num_latent_batches = num_latent_batches
         self.seed = seed
-        self._latents_measured = False
 
-    def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, Sharded):
-            kl = self.autoencoder.kl  # its parts, because encoding and decoding alone call no more than those
-            parts: list[nn.Module] = [kl.encoder, kl.quant_conv, kl.post_quant_conv, kl.decoder]
-            self.trainer.strategy.shard(parts if self.discriminator is None else [*parts, self.discriminator])
+    @abstractmethod
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The reconstructions (B, 3, H, W), the bottleneck's terms by name, and its part of the loss."""
 
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # Lightning's return type is a union of nine
         optimizers = [self.optimizer(self.autoencoder.parameters())]
@@ -146,17 +136,15 @@ class AutoencoderModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         images = images_of(batch)
-        rng = generators_for(self.seed, batch.positions, self.device)
         with _inputs_of(self.autoencoder.last_layer) as activations:
-            reconstructions, posterior = self.autoencoder(images, rng)
+            reconstructions, terms, bottleneck = self.reconstruct(batch)
         critic = self.discriminator if self.global_step >= self.adversarial_start else None
 
         # What judges the pictures is differentiated up to them only, and once: the autoencoder then has one
         # backward pass, from the sum of what pulls at its pictures.
         seen = reconstructions.detach().float().requires_grad_()
-        values = self._reconstruction_terms(images, seen)
-        values["kl"] = kl_loss(posterior.mean.float(), posterior.logvar.float(), num_values=images[0].numel())
-        loss = values["similarity"] + self.kl_weight * values["kl"]
+        values = self._reconstruction_terms(images, seen) | terms
+        loss = values["similarity"] + bottleneck
         pull = _gradient(values["similarity"], seen)
         if critic is not None:
             values["adversarial"] = hinge_generator_loss(critic(seen))
@@ -165,7 +153,7 @@ class AutoencoderModule(LightningModule):
             values["adversarial_weight"] = weight
             loss = loss + weight * values["adversarial"]
             pull = pull + weight * towards_real
-        self._step_autoencoder((reconstructions * pull).sum() + self.kl_weight * values["kl"])
+        self._step_autoencoder((reconstructions * pull).sum() + bottleneck)
         if critic is not None:
             values["discriminator"] = hinge_discriminator_loss(critic(images), critic(seen.detach()))
             self._step_discriminator(values["discriminator"])
@@ -238,6 +226,67 @@ class AutoencoderModule(LightningModule):
             self.log_dict({f"{stage}/{name}": value for name, value in self.metrics.compute().items()})
         self.metrics.reset()
 
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the autoencoder alone, for its class's `from_pretrained(folder)`.
+
+        Args:
+            folder: receives config.json and the weights as safetensors. Where they are sharded every process
+                takes part; the first one writes.
+            dtype: of the weights; buffers stay in float32.
+        """
+        state = gathered(self.autoencoder.state_dict())
+        if state is not None:
+            arguments = {k: v for k, v in self.autoencoder.config.items() if not k.startswith("_")}
+            whole = type(self.autoencoder)(**arguments)
+            whole.load_state_dict(state)
+            whole.save(folder, dtype)
+
+
+class AutoencoderModule(ReconstructionModule):
+    """The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Emu, section 3.1).
+
+    The bottleneck's part of the loss is kl_weight * kl. LDM's output variance is left out: it is in no
+    optimizer there, so it stays 1.
+
+    Args:
+        autoencoder: the network; its `latent_mean` and `latent_std` are measured when training ends.
+        discriminator, perceptual: see :class:`ReconstructionModule`.
+        kl_weight: of the KL divergence to the standard normal.
+        num_latent_batches: batches (validation, else training) that the latents' shift and scale are measured
+            on.
+        kwargs: of :class:`ReconstructionModule`; the seed is that of the posterior's noise.
+    """
+
+    autoencoder: Autoencoder
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        discriminator: PatchDiscriminator | None = None,
+        perceptual: FeatureNetwork | None = None,
+        *,
+        kl_weight: float = 1e-6,
+        num_latent_batches: int = 16,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(autoencoder, discriminator, perceptual, **kwargs)
+        self.kl_weight = kl_weight
+        self.num_latent_batches = num_latent_batches
+        self._latents_measured = False
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded):
+            kl = self.autoencoder.kl  # its parts, because encoding and decoding alone call no more than those
+            parts: list[nn.Module] = [kl.encoder, kl.quant_conv, kl.post_quant_conv, kl.decoder]
+            self.trainer.strategy.shard(parts if self.discriminator is None else [*parts, self.discriminator])
+
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        images = images_of(batch)
+        rng = generators_for(self.seed, batch.positions, self.device)
+        reconstructions, posterior = self.autoencoder(images, rng)
+        kl = kl_loss(posterior.mean.float(), posterior.logvar.float(), num_values=images[0].numel())
+        return reconstructions, {"kl": kl}, self.kl_weight * kl
+
     def on_train_end(self) -> None:
         self._measure_latents()
 
@@ -258,21 +307,6 @@ class AutoencoderModule(LightningModule):
         for buffer in (self.autoencoder.latent_mean, self.autoencoder.latent_std):
             buffer.copy_(self.trainer.strategy.broadcast(buffer.cpu()))  # else all would use the first GPU
         self._latents_measured = True
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes the autoencoder alone, for `Autoencoder.from_pretrained(folder)`.
-
-        Args:
-            folder: receives config.json and the weights as safetensors. Where they are sharded every process
-                takes part; the first one writes.
-            dtype: of the weights; the latents' shift and scale stay in float32.
-        """
-        state = gathered(self.autoencoder.state_dict())
-        if state is not None:
-            arguments = {k: v for k, v in self.autoencoder.config.items() if not k.startswith("_")}
-            whole = Autoencoder(**arguments)
-            whole.load_state_dict(state)
-            whole.save(folder, dtype)
 
 
 class ReconstructionMetrics(nn.Module):

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from emu_lightning.data.batch import Batch
-from emu_lightning.models import EMA, Autoencoder, FrozenTextEncoder, Text, TextEncoder, UNet
-from emu_lightning.modules.generator import Description, Generator, describe, load_weights
+from emu_lightning.models import EMA, Autoencoder, Denoiser, FrozenTextEncoder, Text, TextEncoder
+from emu_lightning.modules.generator import (
+    Description,
+    Generator,
+    Learner,
+    class_path,
+    describe,
+    load_weights,
+)
 from emu_lightning.optimizers import AdamW
 from emu_lightning.processes import Process, guided
 from emu_lightning.processes.seeding import Rng, picture_generators, uniform
 
+D = TypeVar("D", bound=Denoiser)
 DECODE_PIXELS = 2 * 1024**2  # of the pictures decoded at once: each of 1024 x 1024 takes gigabytes in float32
 
 
@@ -48,7 +57,89 @@ def denoising_loss(
     return (process.loss_weight(t) * error).mean()
 
 
-class DiffusionModule(Generator):
+class DenoisingLearner(Learner, Generic[D]):
+    """What diffusion in latents, in pixels and from small images to large ones shares: a denoiser under text,
+    its average, a process, and how they are stored."""
+
+    def __init__(
+        self,
+        denoiser: D,
+        text_encoder: TextEncoder,
+        process: Process,
+        image_size: int,
+        text_dropout: float,
+        train_text_encoder: bool,
+        ema_decay: float | None,
+        num_steps: int,
+        guidance_scale: float,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        seed: int,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, seed)
+        self.denoiser, self.text_encoder, self.process = denoiser, text_encoder, process
+        self.text_encoder.requires_grad_(train_text_encoder)
+        self.average = EMA(denoiser, ema_decay) if ema_decay is not None else None
+        self.image_size, self.text_dropout, self.train_text_encoder = (
+            image_size,
+            text_dropout,
+            train_text_encoder,
+        )
+        self.ema_decay, self.num_steps, self.guidance_scale = ema_decay, num_steps, guidance_scale
+
+    def frozen_text(self) -> FrozenTextEncoder | None:
+        return self.text_encoder if isinstance(self.text_encoder, FrozenTextEncoder) else None
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.denoiser.parameters()
+        if self.train_text_encoder:
+            yield from self.text_encoder.parameters()
+
+    def update_average(self) -> None:
+        if self.average is not None:
+            self.average.update(self.denoiser)
+
+    @property
+    def sampling_denoiser(self) -> D:
+        """The average, where there is one."""
+        return self.denoiser if self.average is None else self.average.model
+
+    def describe(self) -> Description:
+        return {
+            "class_path": class_path(type(self)),
+            "init_args": {
+                "denoiser": describe(self.denoiser),
+                "text_encoder": describe(self.text_encoder),
+                "process": self.process.describe(),
+                "image_size": self.image_size,
+                "text_dropout": self.text_dropout,
+                "train_text_encoder": self.train_text_encoder,
+                "ema_decay": self.ema_decay,
+                "num_steps": self.num_steps,
+                "guidance_scale": self.guidance_scale,
+            },
+        }
+
+    def sampling_state(self) -> dict[str, Tensor]:
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("average.")}
+        return state | {
+            f"denoiser.{name}": value for name, value in self.sampling_denoiser.state_dict().items()
+        }
+
+    def load_sampling_state(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        own = {name: value for name, value in state.items() if not name.startswith("average.")}
+        averaged = {
+            name.replace("average.model.", "denoiser.", 1): value
+            for name, value in state.items()
+            if name.startswith("average.model.")
+        }
+        missing, unexpected = self.load_state_dict(own | averaged, strict=False)
+        if self.average is not None:
+            self.average.restart(self.denoiser)
+        return [name for name in missing if not name.startswith("average.")], list(unexpected)
+
+
+class DiffusionModule(DenoisingLearner[Denoiser], Generator):
     """A denoiser of latents under text, with a Gaussian process, guidance and an average of the denoiser.
 
     Args:
@@ -69,7 +160,7 @@ class DiffusionModule(Generator):
 
     def __init__(
         self,
-        denoiser: UNet,
+        denoiser: Denoiser,
         text_encoder: TextEncoder,
         process: Process,
         autoencoder: Autoencoder | None = None,
@@ -84,17 +175,21 @@ class DiffusionModule(Generator):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed)
-        self.denoiser, self.text_encoder, self.process = denoiser, text_encoder, process
-        self.autoencoder = autoencoder.requires_grad_(False) if autoencoder is not None else None
-        self.text_encoder.requires_grad_(train_text_encoder)
-        self.average = EMA(denoiser, ema_decay) if ema_decay is not None else None
-        self.image_size, self.text_dropout, self.train_text_encoder = (
+        super().__init__(
+            denoiser,
+            text_encoder,
+            process,
             image_size,
             text_dropout,
             train_text_encoder,
+            ema_decay,
+            num_steps,
+            guidance_scale,
+            optimizer,
+            lr_scheduler,
+            seed,
         )
-        self.ema_decay, self.num_steps, self.guidance_scale = ema_decay, num_steps, guidance_scale
+        self.autoencoder = autoencoder.requires_grad_(False) if autoencoder is not None else None
         if init_from is not None:
             load_weights(self, init_from)
 
@@ -105,7 +200,7 @@ class DiffusionModule(Generator):
         x_0 = self._latents(batch, rng)
         text = encode_text(self.text_encoder, batch, uniform(len(batch), rng) < self.text_dropout)
         size = torch.cat([batch.original_size, batch.crop, batch.target_size], 1).to(x_0)
-        denoiser = self.denoiser if self.training else self._sampling_denoiser
+        denoiser = self.denoiser if self.training else self.sampling_denoiser
         return denoising_loss(lambda x_t, t: denoiser(x_t, t, text, size), self.process, x_0, rng)
 
     def _latents(self, batch: Batch, rng: Rng) -> Tensor:
@@ -121,29 +216,13 @@ class DiffusionModule(Generator):
     def encode(self, images: Tensor) -> Tensor:
         return images if self.autoencoder is None else self.autoencoder.encode(images).float()
 
-    def frozen_text(self) -> FrozenTextEncoder | None:
-        return self.text_encoder if isinstance(self.text_encoder, FrozenTextEncoder) else None
-
     def train(self, mode: bool = True) -> DiffusionModule:
         super().train(mode)
         if self.autoencoder is not None:
             self.autoencoder.eval()
         return self
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.denoiser.parameters()
-        if self.train_text_encoder:
-            yield from self.text_encoder.parameters()
-
-    def update_average(self) -> None:
-        if self.average is not None:
-            self.average.update(self.denoiser)
-
     # --- sampling -------------------------------------------------------------------------------------------
-
-    @property
-    def _sampling_denoiser(self) -> UNet:
-        return self.denoiser if self.average is None else self.average.model
 
     @torch.no_grad()
     def generate(
@@ -159,7 +238,7 @@ class DiffusionModule(Generator):
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
             text = self.text_encoder(list(prompts))
             uncond = self.text_encoder([negative_prompt] * len(prompts))
-            size, denoiser = self._generation_size(), self._sampling_denoiser
+            size, denoiser = self._generation_size(), self.sampling_denoiser
             denoise = guided(lambda x_t, t, text: denoiser(x_t, t, text, size), text, uncond, scale)
             rng, steps = picture_generators(seeds), self.num_steps if num_steps is None else num_steps
             x_0 = self.process.sample(denoise, self._shape(len(prompts)), steps, rng, self.device)
@@ -180,36 +259,7 @@ class DiffusionModule(Generator):
     # --- handing over ---------------------------------------------------------------------------------------
 
     def describe(self) -> Description:
-        return {
-            "class_path": "emu_lightning.modules.DiffusionModule",
-            "init_args": {
-                "denoiser": describe(self.denoiser),
-                "text_encoder": describe(self.text_encoder),
-                "process": self.process.describe(),
-                "autoencoder": None if self.autoencoder is None else describe(self.autoencoder),
-                "image_size": self.image_size,
-                "text_dropout": self.text_dropout,
-                "train_text_encoder": self.train_text_encoder,
-                "ema_decay": self.ema_decay,
-                "num_steps": self.num_steps,
-                "guidance_scale": self.guidance_scale,
-            },
-        }
-
-    def sampling_state(self) -> dict[str, Tensor]:
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith("average.")}
-        return state | {
-            f"denoiser.{name}": value for name, value in self._sampling_denoiser.state_dict().items()
-        }
-
-    def load_sampling_state(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        own = {name: value for name, value in state.items() if not name.startswith("average.")}
-        averaged = {
-            name.replace("average.model.", "denoiser.", 1): value
-            for name, value in state.items()
-            if name.startswith("average.model.")
-        }
-        missing, unexpected = self.load_state_dict(own | averaged, strict=False)
-        if self.average is not None:
-            self.average.restart(self.denoiser)
-        return [name for name in missing if not name.startswith("average.")], list(unexpected)
+        description = super().describe()
+        autoencoder = None if self.autoencoder is None else describe(self.autoencoder)
+        description["init_args"]["autoencoder"] = autoencoder
+        return description

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -44,6 +46,7 @@ Description = dict[str, Any]  # {"class_path": ..., "init_args": {...}}, nested
 DESCRIPTION_FILE, WEIGHTS_FILE = "generator.yaml", "model.safetensors"
 
 _ARGUMENT = re.compile(r'Parser key "([^"]+)":')
+_NO_CLASS = re.compile(r"class_path '([^']+)':\s+(?:module '\S+' has no attribute|No module named)")
 # What jsonargparse says of where it was looking, and of the None that it tried, too.
 _SCAFFOLD = re.compile(
     r"^ *- |Does not validate against any of the Union subtypes|Subtypes: \[.*\]|Errors:"
@@ -108,7 +111,15 @@ class Trainable(LightningModule, ABC):
 
 
 class Learner(Trainable):
-    """What has a loss, weights to train and to average, and a description: a generator or an upsampler."""
+    """What has a loss, weights to train and to average, and a description: a generator or an upsampler.
+
+    Attributes:
+        image_size: side in pixels of the pictures that it learns and makes.
+        verb: the command that runs it.
+    """
+
+    image_size: int
+    verb: ClassVar[str]
 
     @property
     def generator(self) -> Learner:  # type: ignore[override]
@@ -185,6 +196,8 @@ class Learner(Trainable):
 class Generator(Learner):
     """Text to images. Subclasses are concrete generators; nothing ever asks which one it holds."""
 
+    verb = "sample"
+
     @abstractmethod
     def generate(
         self,
@@ -211,7 +224,18 @@ class Generator(Learner):
 
 
 class Upsampler(Learner):
-    """Images and their texts to larger images: a super-resolution stage."""
+    """Images and their texts to larger images: a super-resolution stage.
+
+    Attributes:
+        factor: how many times larger images become, per side.
+        low_size: side in pixels of the only images that it takes; None where any will do.
+        side_multiple: of it are the sides in pixels of all that it makes.
+    """
+
+    factor: int
+    low_size: int | None
+    side_multiple: int
+    verb = "upsample"
 
     @abstractmethod
     def upsample(
@@ -223,13 +247,26 @@ class Upsampler(Learner):
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str = "",
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], with the averaged weights where there are any.
 
         Args:
             images: (B, 3, h, w) in [-1, 1], smaller by the stage's factor.
             prompts, seeds, num_steps, guidance_scale, negative_prompt: as for :meth:`Generator.generate`.
+            size: H and W in pixels where they are not those of ``images`` times the factor.
+
+        Raises:
+            ValueError: it takes no images of this size, or makes none of ``size``.
         """
+
+
+def class_path(cls: type) -> str:
+    """Import path of a class, by the outermost package that exports it: a file inside may be renamed."""
+    parts = cls.__module__.split(".")
+    packages = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    exporting = (each for each in packages if getattr(sys.modules.get(each), cls.__name__, None) is cls)
+    return f"{next(exporting, cls.__module__)}.{cls.__name__}"
 
 
 def describe(component: Any) -> Description:
@@ -271,6 +308,8 @@ def _cause(message: str) -> str:
     names = _ARGUMENT.findall(message)[1:]  # the first is the generator itself
     cause = " ".join(_SCAFFOLD.sub("", message).split())
     cause = re.sub(r"Option ('[^']+') is not accepted", r"there is no \1", cause)
+    if gone := _NO_CLASS.search(message):
+        cause = f"there is no class {gone[1]}: was it renamed, or is its package not installed here?"
     return f"{'.'.join(names)}: {cause}" if names else cause
 
 
@@ -280,18 +319,20 @@ def _override(description: Description, overrides: Mapping[str, Any]) -> Descrip
         *parents, name = dotted.split(".")
         place = changed["init_args"]
         for parent in parents:
-            if isinstance(place.get(parent), list):  # of stages: `upsamplers.0`
-                place = {str(index): each for index, each in enumerate(place[parent])}
-                continue
-            if not isinstance(place.get(parent), dict):
-                raise ValueError(
-                    f"override {dotted!r}: the generator has no {parent!r}; it has {sorted(place)}"
-                )
-            place = place[parent]["init_args"]
-        if name not in place:
-            raise ValueError(f"override {dotted!r}: there is no {name!r}; there is {sorted(place)}")
-        place[name] = None if value == "None" else value  # as jsonargparse reads null of a command line
+            inside = place[_key(place, parent, dotted)]
+            place = inside.get("init_args", inside) if isinstance(inside, dict) else inside
+        # as jsonargparse reads null of a command line
+        place[_key(place, name, dotted)] = None if value == "None" else deepcopy(value)
     return changed
+
+
+def _key(place: Any, name: str, dotted: str) -> Any:
+    """What `name` stands for in arguments, or in a list such as a cascade's: `upsamplers.0`."""
+    there = range(len(place)) if isinstance(place, list) else place if isinstance(place, dict) else ()
+    keys = {str(each): each for each in there}
+    if name not in keys:
+        raise ValueError(f"override {dotted!r}: there is no {name!r}; there is {sorted(keys) or 'nothing'}")
+    return keys[name]
 
 
 def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Generator:
@@ -308,8 +349,8 @@ def load_generator(path: str | Path, overrides: Mapping[str, Any] | None = None)
     learner = load_learner(path, overrides)
     if not isinstance(learner, Generator):
         raise ValueError(
-            f"{path} is a super-resolution stage, which draws nothing from text alone: name it among the "
-            "upsamplers of a cascade"
+            f"{path} is a super-resolution stage, which draws nothing from text alone: enlarge pictures with "
+            "it by `emu upsample`, or make it part of a cascade"
         )
     return learner
 

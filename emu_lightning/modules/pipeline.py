@@ -218,7 +218,7 @@ class PipelineModule(Generator):
         """As every generator; the pictures are those of the pipeline's own call."""
         with self.evaluating(), self._slicing_for(len(prompts)):
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
-            text = self.text_encoder.embed_for_call(list(prompts), is_guided=scale > 1)
+            text = self.text_encoder.embed_for_call(list(prompts), negative_prompt if scale > 1 else None)
             with self._sampling_denoiser() as denoiser:
                 pipeline = assemble(
                     self.family,

@@ -65,23 +65,9 @@ class QualityTuningModule(Trainable):
         """Writes the generator as tuned so far; see ``Generator.save_pretrained``."""
         return self.generator.save_pretrained(folder)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        seeds: Iterable[int],
-        *,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str = "",
-    ) -> Tensor:
+    def generate(self, prompts: Sequence[str], seeds: Iterable[int], **settings: Any) -> Tensor:
         """As :meth:`emu_lightning.modules.generator.Generator.generate`, with the weights as tuned so far."""
-        return self.generator.generate(
-            prompts,
-            seeds,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-        )
+        return self.generator.generate(prompts, seeds, **settings)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] for the batch's texts."""

@@ -27,6 +27,7 @@ _DIFFUSERS_SCHEDULE: dict[str, dict[str, Any]] = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
 }
+_NO_LIMIT = 1e6  # on the threshold s; diffusers' default of 1 turns dynamic thresholding into plain clipping
 
 
 # ---- conversions: exact inverses of one another where alpha**2 + sigma**2 = 1 ----
@@ -235,10 +236,13 @@ class Diffusion(Process):
         noise_offset: strength of `offset_noise` in training.
         sampler: class of the diffusers scheduler that samples: DDIMScheduler, DPMSolverMultistepScheduler,
             EulerDiscreteScheduler, ...
+        dynamic_threshold: p of dynamic thresholding in sampling (Saharia et al. 2022, section 2.3), for
+            images in [-1, 1]: every predicted x_0 becomes clip(x_0, -s, s) / s, where s is the quantile p of
+            its absolute values, at least 1. Imagen has 0.995; None does without, as latents need.
 
     Raises:
-        ValueError: an argument is out of its range, the sampler is not one for diffusion, or zero terminal
-            SNR meets noise prediction.
+        ValueError: an argument is out of its range, the sampler is not one for diffusion or does not
+            threshold, or zero terminal SNR meets noise prediction.
     """
 
     def __init__(
@@ -250,6 +254,7 @@ class Diffusion(Process):
         min_snr_gamma: float | None = 5.0,
         noise_offset: float = 0.0,
         sampler: type[SchedulerMixin] = DDIMScheduler,
+        dynamic_threshold: float | None = None,
     ) -> None:
         super().__init__(noise_offset)
         if num_timesteps < 2:
@@ -261,12 +266,16 @@ class Diffusion(Process):
                 "zero_terminal_snr with prediction 'noise': at SNR 0 the noise says nothing about x_0; "
                 "predict 'velocity' or 'x_0'"
             )
+        if dynamic_threshold is not None and not 0 < dynamic_threshold < 1:
+            raise ValueError(
+                f"dynamic_threshold={dynamic_threshold} is not in (0, 1): give a share such as 0.995, or null"
+            )
         self.schedule: Schedule = schedule
         self.num_timesteps = num_timesteps
         self.prediction: Prediction = prediction
         self.zero_terminal_snr = zero_terminal_snr
         self.min_snr_gamma = min_snr_gamma
-        self.sampler = sampler
+        self.sampler, self.dynamic_threshold = sampler, dynamic_threshold
         self._scheduler_arguments = self._fit_scheduler()
         # alpha**2, (T,) float32: the very numbers of the stock pipelines that this process's models go to
         self.alphas_cumprod: Tensor = DDPMScheduler(
@@ -328,6 +337,12 @@ class Diffusion(Process):
         }
         if self.zero_terminal_snr:
             needed["rescale_betas_zero_snr"] = True
+        if self.dynamic_threshold is not None:
+            needed |= {
+                "thresholding": True,
+                "dynamic_thresholding_ratio": self.dynamic_threshold,
+                "sample_max_value": _NO_LIMIT,
+            }
         accepted = inspect.signature(self.sampler).parameters
         missing = [name for name in needed if name not in accepted]
         if missing:

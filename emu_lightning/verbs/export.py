@@ -10,8 +10,8 @@ from emu_lightning.verbs.arguments import call
 def export(model: str, out: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
     """Writes a folder of safetensors with the averaged weights, no optimizer and no pickle.
 
-    What was tuned from a pipeline becomes a pipeline that diffusers loads; any other generator becomes
-    generator.yaml and model.safetensors.
+    What was tuned from a pipeline becomes a pipeline that diffusers loads; any other generator, and any
+    super-resolution stage, becomes generator.yaml and model.safetensors.
 
     Args:
         model: checkpoint, generator folder or pipeline.
@@ -22,9 +22,10 @@ def export(model: str, out: str, dtype: Literal["float32", "bfloat16", "float16"
 
     from emu_lightning.modules import load_learner
 
-    folder = load_learner(model).save_pretrained(out, getattr(torch, dtype))
+    learner = load_learner(model)
+    folder = learner.save_pretrained(out, getattr(torch, dtype))
     megabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
-    print(f"{folder}: {megabytes:.1f} MB; `emu sample --model {folder}` draws with it")
+    print(f"{folder}: {megabytes:.1f} MB; `emu {learner.verb} --model {folder}` draws with it")
 
 
 def main(argv: list[str]) -> None:

@@ -47,12 +47,9 @@ def sample(
     texts = prompts if prompts is not None else list(read_lines(str(prompts_file)).prompts)
     path = model or str(miniature_path())
     generator = load_generator(path).to(torch_device(device)).eval()
-    settings = {
-        "weights": weights_sha256(path),
-        "num_steps": num_steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-    }
+    settings = {"weights": weights_sha256(path), "num_steps": num_steps, "guidance_scale": guidance_scale}
+    if negative_prompt:  # folders of before there were any stay valid
+        settings["negative_prompt"] = negative_prompt
     pictures = generate_folder(
         generator, texts, range(seed, seed + len(texts)), out, settings=settings, batch_size=batch_size
     )

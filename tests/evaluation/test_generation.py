@@ -102,6 +102,14 @@ def test_a_folder_holds_the_pictures_and_what_they_are_of(tmp_path: Path) -> Non
     assert np.array_equal(read, pictures) and prompts == PROMPTS
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_steps": 7}, {"negative_prompt": "blurred", "weights": "a"}])
+def test_a_generator_is_asked_for_what_is_set_only(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Not every generator of a user's own knows them all."""
+    painter = Painter()
+    generate_folder(painter, PROMPTS, SEEDS, tmp_path, settings=settings)
+    assert painter.options == [{name: value for name, value in settings.items() if name != "weights"}]
+
+
 def test_only_missing_pictures_are_made_again(tmp_path: Path) -> None:
     generate_folder(Painter(), PROMPTS, SEEDS, tmp_path, settings=SETTINGS)
     (tmp_path / "00001.png").unlink()

@@ -32,6 +32,7 @@ def whole_page(name: str = "a red ball", pictures: np.ndarray | None = None) -> 
     """A page with every piece, and ``name`` wherever a text can stand."""
     rate, pictures = rate_of(80, 10, 10), some_pictures(3) if pictures is None else pictures
     pieces = [
+        report.heading(name, name),
         report.key_figures([Figure(name, "84.3 %", name), Figure("memory", "2 GB")]),
         report.win_bar(name, rate, detail=name, names=(name, name), references=[(name, 0.8), (name, 0.3)]),
         report.difference_bar(name, rate, detail=name, margin=0.03),
@@ -163,6 +164,20 @@ def test_the_headline_gives_rate_and_interval_and_tells_pairs_from_prompts() -> 
     assert "4 pairs for 2 prompts" in report.headline(twice, twice)
 
 
+def test_the_headline_of_several_counts_only_what_is_preferred_and_says_each_verdict() -> None:
+    rates = {
+        "oil": (rate_of(90, 0, 10), rate_of(1, 998, 1)),
+        "ink": (rate_of(50, 4, 46), rate_of(10, 60, 30)),
+        NASTY: (rate_of(10, 0, 90), rate_of(5, 90, 5)),
+    }
+    html = report.headline_of_several(rates)
+    assert "<script" not in html
+    text = re.sub("<[^>]+>", "", html)
+    assert "for 1 of 3 generators: oil wins 90.0\u00a0% (" in text and ", ink 50.0\u00a0% (" in text
+    assert "oil follows the prompts no worse, ink follows the prompts less well, " in text
+    assert text.endswith("may lose more than 3 points of faithfulness to the prompts.")
+
+
 def test_figures_are_written_with_their_signs() -> None:
     assert report.percent(0.8291) == "82.9\u00a0%" and report.percent(-0.0001) == "0.0\u00a0%"
     assert report.points(0.0123) == "+1.2" and report.points(-0.03, 0) == "−3"
@@ -273,6 +288,12 @@ def test_large_pictures_are_reduced_for_the_page() -> None:
     grid = report.figure_grid({"base": some_pictures(1, 400)}, ["a cat"])
     (url,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', grid)
     assert Image.open(io.BytesIO(base64.b64decode(url))).size == (256, 256)
+
+
+def test_models_can_stand_in_several_rows() -> None:
+    pictures = {name: some_pictures(1) for name in ("a", "b", "c", "d")}
+    assert "--count:4;" in report.figure_grid(pictures, ["a cat"])
+    assert "--count:2;" in report.figure_grid(pictures, ["a cat"], num_columns=2)
 
 
 @pytest.mark.parametrize(

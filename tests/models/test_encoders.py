@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
-from emu_lightning.models import ClipText, JointTextEncoder, OpenClipText, T5Text, UNet
-from emu_lightning.models.encoders import TextNetwork, snapshot
+from emu_lightning.models import ClipText, JointTextEncoder, OpenClipText, SingleTextEncoder, T5Text, UNet
+from emu_lightning.models.encoders import TextNetwork, share_networks, snapshot
 from emu_lightning.modules import DiffusionModule, load_generator
 from emu_lightning.modules.generator import build_learner
 from emu_lightning.processes import Diffusion
@@ -120,6 +120,31 @@ def test_both_are_projected_and_joined_along_the_sequence(folder):
     assert_close(text.sequence[:, :77][text.mask[:, :77]], clip_part)
     assert_close(text.sequence[:, 77:][text.mask[:, 77:]], t5_part)
     assert_close(text.pooled, embeddings["clip_pooled"])
+
+
+def test_one_alone_is_projected_and_pooled_is_the_mean_over_its_tokens(folder):
+    encoder = SingleTextEncoder(t5(folder), dim=12)
+    embeddings, text = encoder.embed(TEXTS), encoder(TEXTS)
+    assert text.sequence.shape == (3, 48, encoder.sequence_dim) and torch.equal(text.mask, embeddings["mask"])
+    assert not text.sequence[~text.mask].any()
+    for number, mask in enumerate(text.mask):
+        projected = encoder.projection(embeddings["sequence"][number, mask])
+        assert_close(text.sequence[number, mask], projected)
+        assert_close(text.pooled[number], projected.mean(0))
+    assert sorted(encoder.state_dict()) == ["projection.bias", "projection.weight"]
+    assert encoder.fingerprint() == t5(folder).fingerprint()
+
+
+def test_networks_of_equal_settings_are_held_once_where_they_are_shared(folder):
+    lengths = {"base": 48, "small": 48, "other": 40}
+    encoders = {name: SingleTextEncoder(t5(folder, length=length)) for name, length in lengths.items()}
+    stages = torch.nn.ModuleDict({**encoders, "joint": joint(folder)})
+    before = {name: encoder.embed(TEXTS)["sequence"] for name, encoder in encoders.items()}
+    share_networks(stages)
+    base, small, other = (encoder.network.frozen.network for encoder in encoders.values())
+    assert base is small is stages["joint"].t5.frozen.network and base is not other
+    for name, encoder in encoders.items():
+        assert torch.equal(encoder.embed(TEXTS)["sequence"], before[name])
 
 
 def test_only_the_projections_are_trained_and_saved(folder):

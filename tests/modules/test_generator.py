@@ -13,13 +13,34 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from emu_lightning import cli, modules
 from emu_lightning.models import Autoencoder
-from emu_lightning.modules import AutoencoderModule, DiffusionModule, QualityTuningModule, load_generator
-from emu_lightning.modules.generator import build_learner
+from emu_lightning.modules import (
+    AutoencoderModule,
+    CascadeModule,
+    DiffusionModule,
+    QualityTuningModule,
+    SuperResolutionModule,
+    load_generator,
+    load_learner,
+    load_upsampler,
+)
+from emu_lightning.modules.generator import build_learner, class_path
 from emu_lightning.processes import Diffusion, RectifiedFlow
-from tests.tiny import TinyData, make_trainer, tiny_autoencoder, tiny_generator, tiny_unet
+from tests.tiny import (
+    TinyData,
+    make_trainer,
+    tiny_autoencoder,
+    tiny_generator,
+    tiny_unet,
+    tiny_upsampler,
+)
 
 PROMPTS, SEEDS = ["a red ball in the snow", "a star"], [3, 4]
+
+
+class Sharper(SuperResolutionModule):
+    """A stage of a user's own."""
 
 
 def pictures(generator: Any) -> torch.Tensor:
@@ -138,10 +159,80 @@ def test_a_checkpoint_of_quality_tuning_gives_the_averaged_weights(saved, tmp_pa
         assert all(torch.equal(value, state[name]) for name, value in loaded.denoiser.state_dict().items())
 
 
+def test_a_class_goes_by_the_package_that_exports_it() -> None:
+    for name in modules.__all__:
+        if isinstance(cls := getattr(modules, name), type):
+            assert class_path(cls) == f"emu_lightning.modules.{name}"
+    assert class_path(Sharper) == f"{__name__}.Sharper"
+
+
+# --- generators and upsamplers ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A super-resolution stage, on disk."""
+    return tiny_upsampler().save_pretrained(tmp_path_factory.mktemp("stage") / "stage")
+
+
+def test_each_is_loaded_as_what_it_is(saved, stage) -> None:
+    assert type(load_learner(saved)) is type(load_generator(saved)) is DiffusionModule
+    assert type(load_learner(stage)) is type(load_upsampler(stage)) is SuperResolutionModule
+    with pytest.raises(ValueError, match=f"^{stage} is a super-resolution stage, .* of a cascade$"):
+        load_generator(stage)
+    with pytest.raises(ValueError, match=f"^{saved} is a generator .*, not a super-resolution stage$"):
+        load_upsampler(saved)
+
+
+def test_a_stage_of_a_users_own_class_is_loaded_as_such(stage, tmp_path: Path) -> None:
+    sharper = tiny_upsampler()
+    sharper.__class__ = Sharper
+    loaded = load_upsampler(sharper.save_pretrained(tmp_path))
+    assert type(loaded) is Sharper
+    images = torch.zeros(2, 3, 8, 8)
+    assert torch.equal(
+        loaded.upsample(images, PROMPTS, SEEDS), load_upsampler(stage).upsample(images, PROMPTS, SEEDS)
+    )
+
+
+def test_a_stage_is_exported_but_draws_nothing_alone(stage, in_tmp_path: Path, capsys) -> None:
+    cli.main(["export", f"--model={stage}", "--out=exported"])
+    assert "`emu upsample --model exported`" in capsys.readouterr().out
+    for name in ("generator.yaml", "model.safetensors"):
+        assert (in_tmp_path / "exported" / name).read_bytes() == (stage / name).read_bytes()
+    Path("prompts.txt").write_text("a box")
+    judged = ["--scorer.class_path=emu_lightning.evaluation.judge.WorldJudge", "--prompts_file=prompts.txt"]
+    for command in (
+        ["sample", f"--model={stage}", '--prompts=["a box"]'],
+        ["evaluate", f"--base={stage}", f"--tuned={stage}", *judged],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and "is a super-resolution stage" in message, message
+
+
+def test_a_folder_of_pictures_has_one_negative_prompt(saved, in_tmp_path: Path, capsys) -> None:
+    def sample(out: str, *more: str) -> bytes:
+        cli.main(["sample", f"--model={saved}", '--prompts=["a box"]', f"--out={out}", *more])
+        return Path(out, "00000.png").read_bytes()
+
+    plain = sample("plain")
+    manifest = yaml.safe_load(Path("plain/manifest.json").read_text())
+    known_before = {"weights", "num_steps", "guidance_scale"}  # else older folders would be refused
+    assert manifest["settings"].keys() == known_before
+    assert sample("negative", "--negative_prompt=a star") != plain
+    with pytest.raises(SystemExit):
+        sample("plain", "--negative_prompt=a star")
+    assert "other prompts, seeds or settings" in capsys.readouterr().err
+
+
 # --- overrides ----------------------------------------------------------------------------------------------
 
 
 def flat(description: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(description, list):
+        description = {str(index): each for index, each in enumerate(description)}
     if not isinstance(description, dict):
         return {prefix: description}
     return {
@@ -161,6 +252,26 @@ def test_an_override_changes_just_that(saved, name: str, value: float) -> None:
     assert {key for key in after if before[key] != after[key]} == {name}
     assert after[name] == value
     assert flat(yaml.safe_load((saved / "generator.yaml").read_text())) == before  # the folder is as it was
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base.process.noise_offset", 0.1),
+        ("upsamplers.0.process.noise_offset", 0.1),
+        ("upsamplers.1.num_steps", 7),
+        ("upsamplers.0.denoiser.attention.0", "text"),
+    ],
+)
+def test_an_override_reaches_into_lists(name: str, value: Any) -> None:
+    stages = [tiny_upsampler(), tiny_upsampler(image_size=32)]
+    description = CascadeModule(tiny_generator(), stages).describe()
+    before, after = flat(description), flat(build_learner(description, {name: value}).describe())
+    assert {key for key in after if before[key] != after[key]} == {name}
+    assert after[name] == value
+    for wrong in ("upsamplers.2.num_steps", "upsamplers.first.num_steps", "upsamplers.num_steps"):
+        with pytest.raises(ValueError, match=rf"^override '{wrong}': there is no .*; there is \['0', '1'\]$"):
+            build_learner(description, {wrong: 1})
 
 
 def test_null_on_a_command_line_is_none(saved) -> None:
@@ -244,6 +355,22 @@ def test_a_description_that_is_none_is_refused(saved, tmp_path: Path, content: s
     folder = copied(saved, tmp_path / "torn")
     (folder / "generator.yaml").write_text(content)
     error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "gone"),
+    [
+        ("", "emu_lightning.modules.OldModule"),
+        ("denoiser", "emu_lightning.models.old.UNet"),
+        ("text_encoder", "elsewhere.Encoder"),
+    ],
+)
+def test_a_class_that_is_gone_is_named(saved, tmp_path: Path, place: str, gone: str) -> None:
+    folder = copied(saved, tmp_path / "old")
+    description = yaml.safe_load((folder / "generator.yaml").read_text())
+    (description["init_args"][place] if place else description)["class_path"] = gone
+    (folder / "generator.yaml").write_text(yaml.safe_dump(description))
+    assert f"{place}: there is no class {gone}: was it renamed".lstrip(":") in error_of(folder)
 
 
 def test_weights_that_do_not_fit_are_named(saved, tmp_path: Path) -> None:

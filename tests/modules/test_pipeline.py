@@ -116,6 +116,25 @@ def test_it_draws_what_diffusers_draws_and_is_trained_on_what_diffusers_feeds(na
     assert len(calls) == len(ours) == 2
 
 
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "flux"])
+def test_a_negative_prompt_is_the_pipelines_own(name: str, pipelines) -> None:
+    generator = load(pipelines[name])
+    (without,) = generator.generate([PROMPT], [SEED])
+    drawn = generator.generate(["a box", PROMPT], [0, SEED], negative_prompt="blurred")[1]
+    torch.testing.assert_close(
+        drawn, draw(stock(pipelines[name]), negative_prompt="blurred")[0], rtol=0, atol=1e-5
+    )
+    assert (drawn - without).abs().max() > 1e-4
+    unguided = {"guidance_scale": 1.0, "negative_prompt": "blurred"}
+    plain = generator.generate([PROMPT], [SEED], guidance_scale=1.0)
+    assert torch.equal(generator.generate([PROMPT], [SEED], **unguided), plain)
+
+
+def test_what_has_no_use_for_a_negative_prompt_says_so(pipelines) -> None:
+    with pytest.raises(ValueError, match="^FluxPipeline .* leave negative_prompt out$"):
+        load(pipelines["flux"]).generate([PROMPT], [SEED], negative_prompt="blurred")
+
+
 @pytest.mark.parametrize(
     "name", ["stable_diffusion", "stable_diffusion_xl", "pixart_alpha", "stable_diffusion_3", "flux"]
 )
@@ -243,6 +262,13 @@ def test_a_frozen_base_may_be_in_bfloat16(pipelines) -> None:
     step_of(generator)
     full = load(pipelines["flux"]).generate([PROMPT], [SEED])
     assert (generator.generate([PROMPT], [SEED]) - full).abs().mean() < 0.2
+
+
+def test_one_setting_of_the_adapters_can_be_changed(pipelines) -> None:
+    lora = dict(LORA)
+    generator = load(pipelines["stable_diffusion"], **{"lora": lora, "lora.rank": 3})
+    assert generator.describe()["init_args"]["lora"] == {**LORA, "rank": 3}
+    assert lora == LORA, "what was given is as it was"
 
 
 # --- handing over -------------------------------------------------------------------------------------------

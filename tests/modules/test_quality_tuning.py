@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from emu_lightning import modules
 from emu_lightning.data.batch import Batch
-from emu_lightning.modules import QualityTuningModule, load_generator, quality_tuning
+from emu_lightning.modules import CascadeModule, QualityTuningModule, load_generator, quality_tuning
 from emu_lightning.modules.generator import Description, Generator
 from emu_lightning.processes.seeding import generator_for, generators_for
-from tests.tiny import TinyData, make_batch, make_trainer, tiny_generator
+from tests.tiny import TinyData, make_batch, make_trainer, tiny_generator, tiny_upsampler
 
 PROMPTS, SEEDS = ["a red ball in the snow", "a star"], [3, 4]
 KINDS = set(modules.__all__) - {"Generator", "QualityTuningModule", "load_generator"}
@@ -82,6 +82,31 @@ def test_it_starts_from_the_weights_it_is_given_and_changes_what_it_is_told(star
     expected = load_generator(start).generate(PROMPTS, SEEDS)
     assert torch.equal(module.generate(PROMPTS, SEEDS), expected)
     assert module.load_start().process.noise_offset == 0.0  # the start is as it was
+
+
+def test_it_draws_as_its_generator_is_asked_to(start: Path) -> None:
+    asked = {"num_steps": 2, "guidance_scale": 4.0, "negative_prompt": "a box"}
+    drawn = tuning(start).generate(PROMPTS, SEEDS, **asked)
+    assert torch.equal(drawn, load_generator(start).generate(PROMPTS, SEEDS, **asked))
+    for name in asked:  # all of them counted
+        fewer = {key: value for key, value in asked.items() if key != name}
+        assert not torch.equal(drawn, tuning(start).generate(PROMPTS, SEEDS, **fewer))
+
+
+def test_the_stages_of_a_start_keep_their_own_process(tmp_path: Path) -> None:
+    CascadeModule(tiny_generator(), [tiny_upsampler()]).save_pretrained(tmp_path)
+    overrides = {
+        "base.process.noise_offset": 0.1,
+        "upsamplers.0.process.noise_offset": 0.2,
+        "upsamplers.0.num_steps": 1,
+    }
+    module = tuning(tmp_path, overrides=overrides)
+    offsets = [
+        [stage.process.noise_offset for stage in (cascade.base, *cascade.upsamplers)]
+        for cascade in (module.generator, module.load_start())
+    ]
+    assert offsets == [[0.1, 0.2], [0.0, 0.0]]
+    assert module.generator.upsamplers[0].num_steps == module.load_start().upsamplers[0].num_steps == 1
 
 
 def test_what_it_minimises_is_the_generators_own_loss(start: Path, tmp_path: Path) -> None:

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from emu_lightning.processes.seeding import generator_for, generators_for, integers, mix, normal, uniform
+from emu_lightning.processes.seeding import (
+    generator_for,
+    generators_for,
+    integers,
+    mix,
+    next_seed,
+    normal,
+    picture_generators,
+    uniform,
+)
 
 
 def test_mix_is_splitmix64() -> None:
@@ -43,3 +52,14 @@ def test_neighbouring_positions_are_unrelated() -> None:
 def test_seeds_stay_apart_in_the_32_bits_that_torch_uses() -> None:
     low = {mix(mix(seed) ^ position) & 0xFFFFFFFF for position in range(5000) for seed in range(4)}
     assert len(low) > 20_000 - 3  # 20000 random 32-bit numbers collide 0.05 times on average
+
+
+def test_the_stages_of_a_picture_have_seeds_of_their_own() -> None:
+    """Pictures are mostly seeded by 0, 1, 2, ...; none of them draws the noise of another's later stage."""
+    seeds = list(range(5000))
+    stages = [seeds, [next_seed(seed) for seed in seeds], [next_seed(next_seed(seed)) for seed in seeds]]
+    assert all(0 <= seed < 1 << 63 for stage in stages for seed in stage)
+    assert len({seed & 0xFFFFFFFF for stage in stages for seed in stage}) > 15_000 - 3
+    noise = normal(15, picture_generators(seed for stage in stages for seed in stage[:5]))
+    assert len(set(noise.tolist())) == 15
+    assert torch.equal(noise[1], torch.randn(1, generator=torch.Generator().manual_seed(1))[0])

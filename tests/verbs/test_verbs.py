@@ -93,7 +93,7 @@ def test_quickstart_writes_its_report_goes_on_and_refuses_another_job(
 ) -> None:
     monkeypatch.setattr(quickstart, "miniature_path", lambda: base)
     monkeypatch.setattr(world_checks.judge_figures, "__defaults__", (20, 901))
-    monkeypatch.setattr(world_checks.autoencoder_psnr, "__defaults__", (8, 902))
+    monkeypatch.setattr(world_checks.autoencoder_psnr, "__defaults__", (64, 8, 902))
     job = ["quickstart", "--run-dir", "run", "--scale", "0.02"]
     cli.main(job)
     results = json.loads(Path("run/results.json").read_text())
