@@ -173,10 +173,10 @@ def masked(folder: Path) -> LightningModule:
     torch.manual_seed(0)
     vqs = [VQAutoencoder(16, 4, (8, 16), norm_groups=4, use_mid_attention=False).eval() for _ in range(2)]
     sizes: dict[str, Any] = {"dim": 8, "num_layers": 2, "num_heads": 2, "sequence_dim": 8}
-    base = MaskedModule(MaskedTransformer(16, 4, **sizes), tiny_text(), vqs[0])
+    base = MaskedModule(transformer=MaskedTransformer(16, 4, **sizes), text_encoder=tiny_text(), vq=vqs[0])
     transformer = MaskedTransformer(16, 8, low_codebook_size=16, low_side=4, **sizes)
     upsampler = MaskedSuperResolutionModule(
-        vqs[0], transformer=transformer, text_encoder=tiny_text(), vq=vqs[1]
+        low_vq=vqs[0], transformer=transformer, text_encoder=tiny_text(), vq=vqs[1]
     )
     return CascadeModule(base, [upsampler], optimizer=adamw)
 

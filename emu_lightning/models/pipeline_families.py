@@ -252,7 +252,7 @@ class Flux(PipelineFamily):
     ) -> tuple[Any, ...]:
         if negative_prompt:
             raise ValueError(
-                f"{self.pipeline.__name__} predicts once, under the prompt, and has nothing to move away from: "
+                f"{self.pipeline.__name__} predicts once, under the prompt, and moves away from nothing: "
                 "leave negative_prompt out"
             )
         sequence, pooled, _ = pipeline.encode_prompt(texts, device=device)  # the last are places, all zero

@@ -37,14 +37,15 @@ def generators(
     Every stage leaves its result in the run folder; what is there is not made again, so a killed run goes on.
 
     Args:
-        names: which of the carried bases; each has a file in configs/recipes. All of them when left out.
+        names: which bases; each has a file in configs/recipes. All that are carried when left out.
         run_dir: folder for everything, each generator in a folder of its name.
         scale: the one dial: pool, tuning steps and judged prompts grow with it. 1 is about five minutes on
             two cores for each; 0.2 is a look.
         device: auto, cpu, cuda, cuda:1, mps.
     """
     run = Path(run_dir)
-    recipes = {name: read_recipe(name) for name in names or recipe_names()}
+    carried = [name for name in recipe_names() if miniature_path(name).is_dir()]
+    recipes = {name: read_recipe(name) for name in names or carried or recipe_names()}
     for name in recipes:
         if not miniature_path(name).is_dir():
             raise ValueError(f"no base is carried for {name!r}: make it by `emu miniature --recipe {name}`")

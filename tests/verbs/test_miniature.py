@@ -132,7 +132,7 @@ def test_a_shipped_recipe_s_options_are_its_configurations_own(name: str, capsys
         assert all(str(fill(value, Path("r"))) in resolved for value in stage.options.values())
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if miniature_path(name).is_dir()])
 def test_a_shipped_base_is_what_its_recipe_says(name: str) -> None:
     folder, recipe = miniature_path(name), read_recipe(name)
     figures = json.loads((folder / "figures.json").read_text())
