@@ -39,6 +39,9 @@ class VQAutoencoder(Pretrained):
         layers_per_block: residual blocks per level in the encoder; diffusers' decoder has one more.
         norm_groups: groups of every GroupNorm.
         use_mid_attention: one self-attention at the lowest resolution, as VQGAN has it.
+        patch_width: None for VQGAN's encoder. Otherwise every patch of f x f pixels is encoded by itself,
+            by an MLP of that width, and only the decoder looks across patches (our choice): an id then says
+            what is in its place and nothing else, which makes ids easier to predict.
 
     Raises:
         ValueError: a width is not divisible by `norm_groups`.
@@ -55,6 +58,7 @@ class VQAutoencoder(Pretrained):
         layers_per_block: int = 1,
         norm_groups: int = 32,
         use_mid_attention: bool = True,
+        patch_width: int | None = None,
     ) -> None:
         super().__init__()
         refuse_other_widths(block_channels, norm_groups)
@@ -68,6 +72,8 @@ class VQAutoencoder(Pretrained):
             norm_num_groups=norm_groups,
             mid_block_add_attention=use_mid_attention,
         )
+        if patch_width is not None:
+            self.vq.encoder = _patch_encoder(self.downsampling, patch_width, code_dim)
         start_near_linear(self.vq)
         nn.init.normal_(self.codebook.weight)  # the latents' own variance at the start
         self.register_buffer("usage", torch.zeros(codebook_size))
@@ -140,6 +146,18 @@ class VQAutoencoder(Pretrained):
     def unused(self) -> Tensor:
         """(K,) bool: codes that training has hardly used lately, which before training are all."""
         return self.usage < RARE / len(self.usage)
+
+
+def _patch_encoder(side: int, width: int, code_dim: int) -> nn.Sequential:
+    """Images (B, 3, H, W) to (B, code_dim, H / side, W / side), each patch by itself."""
+    return nn.Sequential(
+        nn.PixelUnshuffle(side),
+        nn.Conv2d(3 * side**2, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, code_dim, 1),
+    )
 
 
 def perplexity(shares: Tensor) -> Tensor:

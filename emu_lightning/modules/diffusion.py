@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from emu_lightning.data.batch import Batch
-from emu_lightning.models import EMA, Autoencoder, Denoiser, FrozenTextEncoder, Text, TextEncoder
-from emu_lightning.modules.generator import (
-    Description,
-    Generator,
-    Learner,
-    class_path,
-    describe,
-    load_weights,
-)
+from emu_lightning.models import Autoencoder, Denoiser, TextEncoder
+from emu_lightning.modules.generator import Description, Generator, describe, load_weights
+from emu_lightning.modules.text_learner import DECODE_PIXELS, TextLearner, encode_text
 from emu_lightning.optimizers import AdamW
 from emu_lightning.processes import Process, guided
-from emu_lightning.processes.seeding import Rng, picture_generators, uniform
+from emu_lightning.processes.seeding import Rng, picture_generators
 
 D = TypeVar("D", bound=Denoiser)
-DECODE_PIXELS = 2 * 1024**2  # of the pictures decoded at once: each of 1024 x 1024 takes gigabytes in float32
-
-
-def encode_text(encoder: TextEncoder, batch: Batch, is_dropped: Tensor) -> Text:
-    """Text of a batch, "" where ``is_dropped`` (B,) says so, from cached embeddings where there are any."""
-    if batch.embeddings is None:
-        dropped = is_dropped.tolist()
-        return encoder(["" if drop else text for text, drop in zip(batch.texts, dropped, strict=True)])
-    if not isinstance(encoder, FrozenTextEncoder) or batch.empty_embeddings is None:
-        raise ValueError(
-            f"cached text embeddings are of no use to {type(encoder).__name__}, which is trained: "
-            "leave data.cache_text out"
-        )
-    mixed = {
-        name: torch.where(is_dropped.to(value.device).view(-1, *[1] * (value.ndim - 1)), empty, value)
-        for (name, value), empty in zip(
-            batch.embeddings.items(), batch.empty_embeddings.values(), strict=True
-        )
-    }
-    return encoder.read(mixed)
 
 
 def denoising_loss(
@@ -57,86 +31,19 @@ def denoising_loss(
     return (process.loss_weight(t) * error).mean()
 
 
-class DenoisingLearner(Learner, Generic[D]):
-    """What diffusion in latents, in pixels and from small images to large ones shares: a denoiser under text,
-    its average, a process, and how they are stored."""
+class DenoisingLearner(TextLearner[D]):
+    """What diffusion in latents, in pixels and from small images to large ones shares."""
 
-    def __init__(
-        self,
-        denoiser: D,
-        text_encoder: TextEncoder,
-        process: Process,
-        image_size: int,
-        text_dropout: float,
-        train_text_encoder: bool,
-        ema_decay: float | None,
-        num_steps: int,
-        guidance_scale: float,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
-        seed: int,
-    ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed)
-        self.denoiser, self.text_encoder, self.process = denoiser, text_encoder, process
-        self.text_encoder.requires_grad_(train_text_encoder)
-        self.average = EMA(denoiser, ema_decay) if ema_decay is not None else None
-        self.image_size, self.text_dropout, self.train_text_encoder = (
-            image_size,
-            text_dropout,
-            train_text_encoder,
-        )
-        self.ema_decay, self.num_steps, self.guidance_scale = ema_decay, num_steps, guidance_scale
+    network_name = "denoiser"
 
-    def frozen_text(self) -> FrozenTextEncoder | None:
-        return self.text_encoder if isinstance(self.text_encoder, FrozenTextEncoder) else None
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.denoiser.parameters()
-        if self.train_text_encoder:
-            yield from self.text_encoder.parameters()
-
-    def update_average(self) -> None:
-        if self.average is not None:
-            self.average.update(self.denoiser)
-
-    @property
-    def sampling_denoiser(self) -> D:
-        """The average, where there is one."""
-        return self.denoiser if self.average is None else self.average.model
+    def __init__(self, denoiser: D, process: Process, image_size: int, **kwargs: Any) -> None:
+        super().__init__(denoiser, **kwargs)
+        self.process, self.image_size = process, image_size
 
     def describe(self) -> Description:
-        return {
-            "class_path": class_path(type(self)),
-            "init_args": {
-                "denoiser": describe(self.denoiser),
-                "text_encoder": describe(self.text_encoder),
-                "process": self.process.describe(),
-                "image_size": self.image_size,
-                "text_dropout": self.text_dropout,
-                "train_text_encoder": self.train_text_encoder,
-                "ema_decay": self.ema_decay,
-                "num_steps": self.num_steps,
-                "guidance_scale": self.guidance_scale,
-            },
-        }
-
-    def sampling_state(self) -> dict[str, Tensor]:
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith("average.")}
-        return state | {
-            f"denoiser.{name}": value for name, value in self.sampling_denoiser.state_dict().items()
-        }
-
-    def load_sampling_state(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        own = {name: value for name, value in state.items() if not name.startswith("average.")}
-        averaged = {
-            name.replace("average.model.", "denoiser.", 1): value
-            for name, value in state.items()
-            if name.startswith("average.model.")
-        }
-        missing, unexpected = self.load_state_dict(own | averaged, strict=False)
-        if self.average is not None:
-            self.average.restart(self.denoiser)
-        return [name for name in missing if not name.startswith("average.")], list(unexpected)
+        description = super().describe()
+        description["init_args"] |= {"process": self.process.describe(), "image_size": self.image_size}
+        return description
 
 
 class DiffusionModule(DenoisingLearner[Denoiser], Generator):
@@ -177,17 +84,17 @@ class DiffusionModule(DenoisingLearner[Denoiser], Generator):
     ) -> None:
         super().__init__(
             denoiser,
-            text_encoder,
             process,
             image_size,
-            text_dropout,
-            train_text_encoder,
-            ema_decay,
-            num_steps,
-            guidance_scale,
-            optimizer,
-            lr_scheduler,
-            seed,
+            text_encoder=text_encoder,
+            text_dropout=text_dropout,
+            train_text_encoder=train_text_encoder,
+            ema_decay=ema_decay,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            seed=seed,
         )
         self.autoencoder = autoencoder.requires_grad_(False) if autoencoder is not None else None
         if init_from is not None:
@@ -198,9 +105,9 @@ class DiffusionModule(DenoisingLearner[Denoiser], Generator):
     def loss(self, batch: Batch, rng: Rng) -> Tensor:
         """Weighted mean squared error of the prediction."""
         x_0 = self._latents(batch, rng)
-        text = encode_text(self.text_encoder, batch, uniform(len(batch), rng) < self.text_dropout)
+        text = encode_text(self.text_encoder, batch, self.text_dropout, rng)
         size = torch.cat([batch.original_size, batch.crop, batch.target_size], 1).to(x_0)
-        denoiser = self.denoiser if self.training else self.sampling_denoiser
+        denoiser = self.loss_network
         return denoising_loss(lambda x_t, t: denoiser(x_t, t, text, size), self.process, x_0, rng)
 
     def _latents(self, batch: Batch, rng: Rng) -> Tensor:
@@ -238,7 +145,7 @@ class DiffusionModule(DenoisingLearner[Denoiser], Generator):
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
             text = self.text_encoder(list(prompts))
             uncond = self.text_encoder([negative_prompt] * len(prompts))
-            size, denoiser = self._generation_size(), self.sampling_denoiser
+            size, denoiser = self._generation_size(), self.sampling_network
             denoise = guided(lambda x_t, t, text: denoiser(x_t, t, text, size), text, uncond, scale)
             rng, steps = picture_generators(seeds), self.num_steps if num_steps is None else num_steps
             x_0 = self.process.sample(denoise, self._shape(len(prompts)), steps, rng, self.device)
@@ -249,7 +156,7 @@ class DiffusionModule(DenoisingLearner[Denoiser], Generator):
 
     def _shape(self, num: int) -> tuple[int, int, int, int]:
         side = self.image_size // (1 if self.autoencoder is None else self.autoencoder.downsampling)
-        return num, self.denoiser.config.in_channels, side, side
+        return num, self.network.config.in_channels, side, side
 
     def _generation_size(self) -> Tensor:
         """SDXL's conditioning (original, crop, target) of an uncropped picture at its own size, (1, 6)."""

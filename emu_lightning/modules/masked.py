@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from emu_lightning.data.batch import Batch
-from emu_lightning.models import EMA, FrozenTextEncoder, MaskedTransformer, TextEncoder, VQAutoencoder
-from emu_lightning.modules.diffusion import DECODE_PIXELS, encode_text
-from emu_lightning.modules.generator import (
-    Description,
-    Generator,
-    Learner,
-    Upsampler,
-    class_path,
-    describe,
-    load_weights,
-)
+from emu_lightning.models import MaskedTransformer, TextEncoder, VQAutoencoder
+from emu_lightning.modules.generator import Description, Generator, Upsampler, describe, load_weights
+from emu_lightning.modules.text_learner import DECODE_PIXELS, TextLearner, encode_text
 from emu_lightning.optimizers import AdamW
 from emu_lightning.processes.masking import decode, guided_logits, masked_cross_entropy, random_mask
-from emu_lightning.processes.seeding import Rng, picture_generators, uniform
+from emu_lightning.processes.seeding import Rng, picture_generators
 
 
-class MaskedLearner(Learner):
+class MaskedLearner(TextLearner[MaskedTransformer]):
     """What the base and the super-resolution stage share: all but where the low-resolution ids come from.
 
     Args:
@@ -47,6 +39,8 @@ class MaskedLearner(Learner):
         ValueError: transformer and VQ autoencoder have codebooks of different size.
     """
 
+    network_name = "transformer"
+
     def __init__(
         self,
         transformer: MaskedTransformer,
@@ -62,18 +56,21 @@ class MaskedLearner(Learner):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed)
         _require_same("codebook_size", transformer.config.codebook_size, vq.config.codebook_size)
-        self.transformer, self.text_encoder = transformer, text_encoder
-        self.vq = vq.requires_grad_(False)
-        self.text_encoder.requires_grad_(train_text_encoder)
-        self.average = EMA(transformer, ema_decay) if ema_decay is not None else None
-        self.text_dropout, self.train_text_encoder, self.ema_decay = (
+        transformer.start_from_codes(vq.codebook.weight)
+        super().__init__(
+            transformer,
+            text_encoder,
             text_dropout,
             train_text_encoder,
             ema_decay,
+            num_steps,
+            guidance_scale,
+            optimizer,
+            lr_scheduler,
+            seed,
         )
-        self.num_steps, self.guidance_scale, self.temperature = num_steps, guidance_scale, temperature
+        self.vq, self.temperature = vq.requires_grad_(False), temperature
         self.image_size = transformer.config.side * vq.downsampling
 
     # --- training -------------------------------------------------------------------------------------------
@@ -85,10 +82,9 @@ class MaskedLearner(Learner):
     def loss(self, batch: Batch, rng: Rng) -> Tensor:
         """Cross-entropy of the hidden ids, nats per id."""
         ids, low_ids = self._ids(batch), self._low_ids(batch)
-        text = encode_text(self.text_encoder, batch, uniform(len(batch), rng) < self.text_dropout)
+        text = encode_text(self.text_encoder, batch, self.text_dropout, rng)
         mask = random_mask(ids.shape[0], ids.shape[1], rng)
-        transformer = self.transformer if self.training else self._sampling_transformer
-        logits = transformer(ids.masked_fill(mask, self.transformer.mask_id), text, low_ids)
+        logits = self.loss_network(ids.masked_fill(mask, self.network.mask_id), text, low_ids)
         return masked_cross_entropy(logits, ids, mask)
 
     @torch.no_grad()
@@ -99,9 +95,9 @@ class MaskedLearner(Learner):
             assert batch.images is not None  # a batch holds one of the two
             latents = self.vq.encode(batch.images)
         ids = self.vq.ids(latents).flatten(1)
-        if ids.shape[1] != self.transformer.num_ids:
+        if ids.shape[1] != self.network.num_ids:
             raise ValueError(
-                f"pictures of {ids.shape[1]} ids, but the transformer has {self.transformer.num_ids}: set "
+                f"pictures of {ids.shape[1]} ids, but the transformer has {self.network.num_ids}: set "
                 f"data.resolution to {self.image_size}"
             )
         return ids
@@ -110,28 +106,12 @@ class MaskedLearner(Learner):
     def encode(self, images: Tensor) -> Tensor:
         return self.vq.encode(images).float()
 
-    def frozen_text(self) -> FrozenTextEncoder | None:
-        return self.text_encoder if isinstance(self.text_encoder, FrozenTextEncoder) else None
-
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.vq.eval()
         return self
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.transformer.parameters()
-        if self.train_text_encoder:
-            yield from self.text_encoder.parameters()
-
-    def update_average(self) -> None:
-        if self.average is not None:
-            self.average.update(self.transformer)
-
     # --- sampling -------------------------------------------------------------------------------------------
-
-    @property
-    def _sampling_transformer(self) -> MaskedTransformer:
-        return self.transformer if self.average is None else self.average.model
 
     def _draw(
         self,
@@ -145,53 +125,24 @@ class MaskedLearner(Learner):
         """Images (B, 3, H, W) in [-1, 1]."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         steps = self.num_steps if num_steps is None else num_steps
-        transformer, num_ids, num = self._sampling_transformer, self.transformer.num_ids, len(prompts)
+        transformer, num_ids, num = self.sampling_network, self.network.num_ids, len(prompts)
         cond = self.text_encoder(list(prompts))
         uncond = self.text_encoder([negative_prompt] * num)
         predict = guided_logits(
             lambda ids, text: transformer(ids, text, _as_often(low_ids, ids)), cond, uncond, scale
         )
-        rng, mask_id = picture_generators(seeds), self.transformer.mask_id
+        rng, mask_id = picture_generators(seeds), self.network.mask_id
         ids = decode(predict, num, num_ids, mask_id, steps, self.temperature, rng, self.device)
-        side = self.transformer.config.side
+        side = self.network.config.side
         parts = ids.view(num, side, side).split(max(1, DECODE_PIXELS // self.image_size**2))
         return torch.cat([self.vq.decode_ids(part) for part in parts]).float().clamp(-1, 1)
 
     # --- handing over ---------------------------------------------------------------------------------------
 
     def describe(self) -> Description:
-        return {
-            "class_path": class_path(type(self)),
-            "init_args": {
-                "transformer": describe(self.transformer),
-                "text_encoder": describe(self.text_encoder),
-                "vq": describe(self.vq),
-                "text_dropout": self.text_dropout,
-                "train_text_encoder": self.train_text_encoder,
-                "ema_decay": self.ema_decay,
-                "num_steps": self.num_steps,
-                "guidance_scale": self.guidance_scale,
-                "temperature": self.temperature,
-            },
-        }
-
-    def sampling_state(self) -> dict[str, Tensor]:
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith("average.")}
-        return state | {
-            f"transformer.{name}": value for name, value in self._sampling_transformer.state_dict().items()
-        }
-
-    def load_sampling_state(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        own = {name: value for name, value in state.items() if not name.startswith("average.")}
-        averaged = {
-            name.replace("average.model.", "transformer.", 1): value
-            for name, value in state.items()
-            if name.startswith("average.model.")
-        }
-        missing, unexpected = self.load_state_dict(own | averaged, strict=False)
-        if self.average is not None:
-            self.average.restart(self.transformer)
-        return [name for name in missing if not name.startswith("average.")], list(unexpected)
+        description = super().describe()
+        description["init_args"] |= {"vq": describe(self.vq), "temperature": self.temperature}
+        return description
 
 
 class MaskedModule(MaskedLearner, Generator):
@@ -231,6 +182,7 @@ class MaskedSuperResolutionModule(MaskedLearner, Upsampler):
     any, and the small picture is encoded again: docs/masked_transformer.md says how many ids survive that.
 
     Args:
+        transformer: predicts hidden ids; its low side and codebook are those of `low_vq`.
         low_vq: frozen; from small images to their ids.
         num_steps: default of sampling; 8 are Muse's.
         kwargs: of :class:`MaskedLearner`.
@@ -239,10 +191,13 @@ class MaskedSuperResolutionModule(MaskedLearner, Upsampler):
         ValueError: a transformer and a VQ autoencoder have codebooks of different size.
     """
 
-    def __init__(self, low_vq: VQAutoencoder, num_steps: int = 8, **kwargs: Any) -> None:
-        super().__init__(num_steps=num_steps, **kwargs)
-        config = self.transformer.config
+    def __init__(
+        self, transformer: MaskedTransformer, low_vq: VQAutoencoder, num_steps: int = 8, **kwargs: Any
+    ) -> None:
+        config = transformer.config
         _require_same("low_codebook_size", config.low_codebook_size, low_vq.config.codebook_size)
+        transformer.start_low_from_codes(low_vq.codebook.weight)
+        super().__init__(transformer=transformer, num_steps=num_steps, **kwargs)
         self.low_vq = low_vq.requires_grad_(False)
         self.low_size = config.low_side * low_vq.downsampling
         self.factor, self.side_multiple = self.image_size // self.low_size, self.image_size

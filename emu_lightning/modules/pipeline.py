@@ -32,12 +32,13 @@ from emu_lightning.models.pipeline_families import (
 )
 from emu_lightning.models.pipeline_folder import INDEX_FILE, copy_component, pipeline_folder, read_json
 from emu_lightning.models.pipeline_vae import PipelineVAE
-from emu_lightning.modules.diffusion import DECODE_PIXELS, denoising_loss, encode_text
+from emu_lightning.modules.diffusion import denoising_loss
 from emu_lightning.modules.generator import DESCRIPTION_FILE, Description, Generator
+from emu_lightning.modules.text_learner import DECODE_PIXELS, encode_text
 from emu_lightning.optimizers import AdamW
 from emu_lightning.parallel import gathered
 from emu_lightning.processes import Diffusion, Process, RectifiedFlow
-from emu_lightning.processes.seeding import Rng, picture_generators, uniform
+from emu_lightning.processes.seeding import Rng, picture_generators
 
 CLASS_PATH = "emu_lightning.modules.PipelineModule"
 
@@ -129,7 +130,7 @@ class PipelineModule(Generator):
     def loss(self, batch: Batch, rng: Rng) -> Tensor:
         """Weighted mean squared error of the prediction."""
         x_0 = self._latents(batch, rng)
-        text = encode_text(self.text_encoder, batch, uniform(len(batch), rng) < self.text_dropout)
+        text = encode_text(self.text_encoder, batch, self.text_dropout, rng)
         with nullcontext(self.denoiser) if self.training else self._sampling_denoiser() as denoiser:
             size = torch.cat([batch.original_size, batch.crop, batch.target_size], 1)
 

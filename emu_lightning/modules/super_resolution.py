@@ -11,8 +11,9 @@ from torch.nn.functional import interpolate
 
 from emu_lightning.data.batch import Batch
 from emu_lightning.models import PixelUNet, Text, TextEncoder
-from emu_lightning.modules.diffusion import DenoisingLearner, denoising_loss, encode_text
+from emu_lightning.modules.diffusion import DenoisingLearner, denoising_loss
 from emu_lightning.modules.generator import Description, Upsampler, load_weights
+from emu_lightning.modules.text_learner import encode_text
 from emu_lightning.optimizers import AdamW
 from emu_lightning.processes import Diffusion, guided
 from emu_lightning.processes.gaussian import offset_noise
@@ -73,17 +74,17 @@ class SuperResolutionModule(DenoisingLearner[PixelUNet], Upsampler):
     ) -> None:
         super().__init__(
             denoiser,
-            text_encoder,
             process,
             image_size,
-            text_dropout,
-            train_text_encoder,
-            ema_decay,
-            num_steps,
-            guidance_scale,
-            optimizer,
-            lr_scheduler,
-            seed,
+            text_encoder=text_encoder,
+            text_dropout=text_dropout,
+            train_text_encoder=train_text_encoder,
+            ema_decay=ema_decay,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            seed=seed,
         )
         if not denoiser.config.use_low_resolution:
             raise ValueError("a super-resolution stage needs a denoiser with use_low_resolution: true")
@@ -103,11 +104,11 @@ class SuperResolutionModule(DenoisingLearner[PixelUNet], Upsampler):
         """Weighted mean squared error of the prediction, given images (B, 3, H, W) made small."""
         if batch.images is None:
             raise ValueError("super-resolution learns from images, but the data gives latents: do not cache")
-        text = encode_text(self.text_encoder, batch, uniform(len(batch), rng) < self.text_dropout)
+        text = encode_text(self.text_encoder, batch, self.text_dropout, rng)
         images, small = self._crop(batch.images, self._reduce(batch.images), rng)
         level = self.max_level * uniform(len(batch), rng).to(images)
         small = self._augment(small, level, rng)
-        denoiser = self.denoiser if self.training else self.sampling_denoiser
+        denoiser = self.loss_network
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             return self._predict(denoiser, x_t, t, text, small, level)
@@ -202,7 +203,7 @@ class SuperResolutionModule(DenoisingLearner[PixelUNet], Upsampler):
             uncond = self.text_encoder([negative_prompt] * len(prompts))
             rng, steps = picture_generators(seeds), self.num_steps if num_steps is None else num_steps
             level = images.new_full((len(images),), strength)
-            small, denoiser = self._augment(images, level, rng), self.sampling_denoiser
+            small, denoiser = self._augment(images, level, rng), self.sampling_network
 
             def predict(x_t: Tensor, t: Tensor, text: Text) -> Tensor:
                 times = len(x_t) // len(small)  # guidance doubles the batch

@@ -37,9 +37,13 @@ def make_ids(codes: int = CODES + 1, side: int = SIDE, seed: int = 0) -> Tensor:
     return torch.randint(codes, (2, side**2), generator=torch.Generator().manual_seed(seed))
 
 
-def test_it_is_the_network_of_the_paper() -> None:
-    """Against the blocks written out: self-attention, cross-attention to text and small picture, MLP."""
-    network = make(is_super_resolution=True)
+@pytest.mark.parametrize("own", [{}, {"pooled_dim": 6, "add_low_ids": True}])
+def test_it_is_the_network_of_the_paper(own: dict[str, Any]) -> None:
+    """Against the blocks written out: self-attention, cross-attention to text and small picture, MLP.
+
+    With our two additions: the pooled text, and the small picture's id of the same place.
+    """
+    network = make(is_super_resolution=True, **own)
     state = network.state_dict()
 
     def norm(name: str, x: Tensor) -> Tensor:
@@ -69,9 +73,14 @@ def test_it_is_the_network_of_the_paper() -> None:
         return state[f"{name}.embedding.weight"][ids] + torch.stack(places)
 
     ids, low_ids, text = make_ids(), make_ids(LOW_CODES, LOW_SIDE), make_text()
-    low = norm("low.norm", block("low.layers.0", embedded("low.ids", low_ids, LOW_SIDE), None))
-    memory = torch.cat([linear(text.sequence, state["text.weight"], state["text.bias"]), low], 1)
+    low = block("low.layers.0", embedded("low.ids", low_ids, LOW_SIDE), None)
+    normed = norm("low.norm", low)
+    memory = torch.cat([linear(text.sequence, state["text.weight"], state["text.bias"]), normed], 1)
     x = embedded("ids", ids, SIDE)
+    if own:
+        x = x + linear(text.pooled, state["pooled.weight"], state["pooled.bias"])[:, None]
+        covering = [row // 2 * LOW_SIDE + column // 2 for row in range(SIDE) for column in range(SIDE)]
+        x = x + low[:, covering]
     for index in range(2):
         x = block(f"layers.{index}", x, memory)
     expected = linear(norm("norm", x), state["logits.weight"], state["logits.bias"])
@@ -107,6 +116,23 @@ def test_training_starts_from_even_odds() -> None:
     torch.manual_seed(0)
     logits = MaskedTransformer(CODES, SIDE, 8, 1, 2, sequence_dim=6)(make_ids(), make_text())
     assert_close(logits.softmax(-1), torch.full_like(logits, 1 / CODES))
+
+
+def test_ids_of_similar_codes_start_as_similar_vectors() -> None:
+    """Their products are those of the Gaussian kernel."""
+    torch.manual_seed(0)
+    network = MaskedTransformer(40, SIDE, 4096, 1, 4, 6, low_codebook_size=40, low_side=2)
+    codes = torch.randn(40, 3)
+    network.start_from_codes(codes)
+    network.start_low_from_codes(codes)
+    expected = torch.exp(-torch.cdist(codes, codes).square() / 2)
+    tables = (
+        (network.ids.embedding.weight[:-1], 0.5),
+        (network.logits.weight, 0.02),
+        (network.low["ids"].embedding.weight, 0.5),
+    )
+    for table, size in tables:
+        assert_close(table @ table.T / (4096 * size**2), expected, atol=0.08, rtol=0)
 
 
 def test_positions_start_as_sines_of_the_place() -> None:
@@ -153,6 +179,8 @@ def test_bad_arguments_are_named() -> None:
             MaskedTransformer(CODES, SIDE, dim, 1, num_heads)
     with pytest.raises(ValueError, match="low_codebook_size and low_side both"):
         MaskedTransformer(CODES, SIDE, 8, 1, 2, low_side=2)
+    with pytest.raises(ValueError, match="side=4 is no multiple of low_side=3"):
+        MaskedTransformer(CODES, SIDE, 8, 1, 2, low_codebook_size=5, low_side=3, add_low_ids=True)
     with pytest.raises(ValueError, match="no super-resolution stage: it takes no low_ids"):
         make()(make_ids(), make_text(), make_ids(LOW_CODES, LOW_SIDE))
     with pytest.raises(ValueError, match="is a super-resolution stage: give low_ids"):

@@ -54,6 +54,19 @@ def test_it_is_diffusers_own(images: torch.Tensor, autoencoder: VQAutoencoder) -
     torch.testing.assert_close(reconstructions, reference.decode(latents).sample)
 
 
+def test_an_encoder_of_patches_sees_each_by_itself(images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    autoencoder = VQAutoencoder(32, 4, (8, 16, 16), norm_groups=4, patch_width=12)
+    latents = autoencoder.encode(images)
+    assert latents.shape == (3, 4, 4, 4)
+    changed = images.clone()
+    changed[..., 4:8, 8:12] = 0
+    differs = (autoencoder.encode(changed) - latents).abs().amax((0, 1)) > 1e-3
+    assert differs.nonzero().tolist() == [[1, 2]]
+    patch = autoencoder.encode(images[..., 4:8, 8:12])
+    torch.testing.assert_close(patch[..., 0, 0], latents[..., 1, 2])
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_ids_are_those_of_the_nearest_codes(autoencoder: VQAutoencoder, precision: torch.dtype) -> None:
     """Also where training computes in bfloat16: distances of near codes would drown in its rounding."""
