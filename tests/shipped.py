@@ -152,6 +152,8 @@ def tiny_masked_module(arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("low_vq"):
         network |= {"low_codebook_size": 8, "low_side": SIDE // 2 // VQ_DOWNSAMPLING}
         settings["model.low_vq.init_args.folder"] = "vq"
+    if arguments["transformer"]["init_args"].get("pooled_dim"):
+        network["pooled_dim"] = 8
     settings |= {f"model.transformer.{name}": value for name, value in network.items()}
     if arguments.get("init_from"):
         settings["model.init_from"] = "base"

@@ -33,6 +33,7 @@ def test_house_rules(command: list[str]) -> None:
     [
         ("losses.py", "import emu_lightning.verbs", "imports run downward"),
         ("losses.py", "import lightning", "the mathematics does not know the framework"),
+        ("curation/filters.py", "import lightning", "curation does not know the framework"),
         ("evaluation/judge.py", "import emu_lightning.data.world", "the judge does not know the renderer"),
         ("utils.py", "", "imports run downward"),
     ],

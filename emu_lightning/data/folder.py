@@ -62,7 +62,7 @@ def decode(file: Path | BinaryIO, name: str) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # damaged bytes raise anything: OSError, SyntaxError, struct.error
-        raise BrokenImage(name, f"{type(error).__name__}: {error}") from None
+        raise _broken(name, error) from None
 
 
 def read_size(file: Path | BinaryIO, name: str) -> tuple[int, int]:
@@ -79,7 +79,12 @@ def read_size(file: Path | BinaryIO, name: str) -> tuple[int, int]:
                 is_turned &= image.format != "TIFF"  # there Pillow gives the upright size itself
                 return image.size if is_turned else (image.height, image.width)
     except Exception as error:  # damaged bytes raise anything
-        raise BrokenImage(name, f"{type(error).__name__}: {error}") from None
+        raise _broken(name, error) from None
+
+
+def _broken(name: str, error: Exception) -> BrokenImage:
+    reason = str(error).partition(" <")[0]  # without the address in memory of an open file
+    return BrokenImage(name, f"{type(error).__name__}: {reason}")
 
 
 def unread_pictures(names: Iterable[str]) -> list[str]:

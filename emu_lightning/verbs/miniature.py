@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from emu_lightning.files import write_whole
 from emu_lightning.resources import miniature_path
 from emu_lightning.verbs.arguments import call
-from emu_lightning.verbs.recipes import Recipe, fill, read_recipe
+from emu_lightning.verbs.recipes import Recipe, Stage, fill, read_recipe
 
 NUM_PROMPTS = 360
 
@@ -88,11 +89,10 @@ def model_card(recipe: Recipe, figures: dict[str, Any]) -> str:
         "files": f"`generator.yaml` (architecture), `model.safetensors` (half precision, "
         f"{figures['bytes'] / 1e6:.1f} MB)",
         "parameters": f"{figures['parameters'] / 1e6:.2f} M in all",
-        "data": "the synthetic world (`emu_lightning/data/world.py`): 20,000 pictures, one in ten by a "
-        "skilled hand",
+        "data": "pictures of the synthetic world (`emu_lightning/data/world.py`)",
         "command": f"`{figures['command']}`, seed {figures['seed']}",
         **{
-            f"stage {name}": f"`configs/{stage.config}`: {seconds[name] / 60:.0f} min"
+            f"stage {name}": f"`configs/{stage.config}`: {seconds[name] / 60:.0f} min, {_pool(stage)}"
             for name, stage in recipe.stages.items()
         },
         "time": f"{sum(seconds.values()) / 60:.0f} min",
@@ -125,6 +125,18 @@ def model_card(recipe: Recipe, figures: dict[str, Any]) -> str:
 
 Licence: Apache-2.0.
 """
+
+
+def _pool(stage: Stage) -> str:
+    """What a stage learns from, in words."""
+    from emu_lightning.data import WorldData
+
+    arguments = stage.settings()["data"]["init_args"]
+    size, skilled = (
+        arguments.get(name, signature(WorldData).parameters[name].default)
+        for name in ("pool_size", "skilled_fraction")
+    )
+    return f"{size:,} pictures, {skilled:.0%} by a skilled hand"
 
 
 def main(argv: list[str]) -> None:

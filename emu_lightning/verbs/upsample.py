@@ -280,7 +280,7 @@ def _make(
                 try:
                     images[task] = _image(source, task)
                 except BrokenImage as error:
-                    errors[task.index] = error.reason.partition(" <")[0]  # an address in memory
+                    errors[task.index] = error.reason
             if images:
                 made = _raise(stages, torch.cat(list(images.values())), list(images), sampling)
                 for task, picture in zip(images, to_uint8(made), strict=True):
