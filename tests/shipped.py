@@ -160,6 +160,12 @@ def tiny_masked_module(arguments: dict[str, Any]) -> dict[str, Any]:
     return settings | tiny_text(arguments) | {"model.num_steps": 2}
 
 
+def tiny_contrastive_module(arguments: dict[str, Any]) -> dict[str, Any]:
+    vision = {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    return {"model.config": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}}
+
+
 TINY_TEXT: dict[str, dict[str, Any]] = {
     "SmallTextEncoder": {"dim": 8, "num_layers": 1, "num_heads": 2, "embedding_dim": 2},
     "JointTextEncoder": {
@@ -193,6 +199,7 @@ TINY_PIPELINES = {  # hub id -> name in tests/pipelines.py
 
 TINY_MODEL: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "AutoencoderModule": tiny_autoencoder_module,
+    "ContrastiveModule": tiny_contrastive_module,
     "DiffusionModule": tiny_diffusion_module,
     "MaskedModule": tiny_masked_module,
     "MaskedSuperResolutionModule": tiny_masked_module,

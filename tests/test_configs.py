@@ -6,12 +6,16 @@ Configurations are found, not listed: a new one is tested as soon as it lies und
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from emu_lightning import cli
 from emu_lightning.models import Autoencoder, VQAutoencoder
@@ -25,18 +29,49 @@ pytestmark = pytest.mark.smoke
 CARRIED_BASE = "init_from: emu_lightning/miniature/latent"
 
 
-AUTOENCODERS: dict[str, type[Autoencoder | VQAutoencoder]] = {
-    "AutoencoderModule": Autoencoder,
-    "VQAutoencoderModule": VQAutoencoder,
-}
-
-
 def draw(learner: Learner) -> torch.Tensor:
     """A picture, by an upsampler of a small one."""
     if isinstance(learner, Generator):
         return learner.generate(["a red ball in the snow"], [0])
     small = make_batch(0, size=1, side=learner.low_size or SIDE // learner.factor).images
     return learner.upsample(small, ["a red ball in the snow"], [0])
+
+
+def reloads_as_a_learner(state: dict[str, torch.Tensor]) -> None:
+    drawn = [draw(load_learner(path)) for path in ("run/pretrained", "run/checkpoints/last.ckpt")]
+    assert drawn[0].shape == (1, 3, SIDE, SIDE)
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)  # merged adapters round differently
+
+
+def reloads_as_an_autoencoder(
+    state: dict[str, torch.Tensor], network: type[Autoencoder | VQAutoencoder]
+) -> None:
+    loaded = network.from_pretrained("run/pretrained")
+    again = network.from_config(dict(loaded.config))
+    own = "autoencoder."
+    again.load_state_dict({key.removeprefix(own): state[key] for key in state if key.startswith(own)})
+    images = make_batch(0, side=SIDE).images
+    assert torch.equal(again.eval().reconstruct(images), loaded.reconstruct(images))
+    measured = loaded.latent_std != 1 if isinstance(loaded, Autoencoder) else loaded.usage.sum() > 0
+    assert measured.all()
+
+
+def reloads_in_open_clip(state: dict[str, torch.Tensor]) -> None:
+    name = "local-dir:run/pretrained"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[f"clip.{key}"].half().to(value.dtype))
+    black = preprocess(Image.new("RGB", (2 * SIDE, SIDE)))
+    assert torch.equal(black, torch.full((3, SIDE, SIDE), -1.0))  # as images in training
+    tokens = open_clip.get_tokenizer(name)(["a red ball"])
+    assert model.eval()(black[None], tokens)[0].shape == (1, 8)
+
+
+RELOADS: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+    "AutoencoderModule": partial(reloads_as_an_autoencoder, network=Autoencoder),
+    "VQAutoencoderModule": partial(reloads_as_an_autoencoder, network=VQAutoencoder),
+    "ContrastiveModule": reloads_in_open_clip,
+}
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -81,19 +116,7 @@ def test_it_trains_two_tiny_steps_and_reloads(name: str, in_tmp_path: Path) -> N
     assert "train/loss" in Path("run/metrics.csv").read_text()
     checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
-    if network := AUTOENCODERS.get(stage_of(read(name))):
-        loaded = network.from_pretrained("run/pretrained")
-        again = network.from_config(dict(loaded.config))
-        state, own = checkpoint["state_dict"], "autoencoder."
-        again.load_state_dict({key.removeprefix(own): state[key] for key in state if key.startswith(own)})
-        images = make_batch(0, side=SIDE).images
-        assert torch.equal(again.eval().reconstruct(images), loaded.reconstruct(images))
-        measured = loaded.latent_std != 1 if isinstance(loaded, Autoencoder) else loaded.usage.sum() > 0
-        assert measured.all()
-    else:
-        drawn = [draw(load_learner(path)) for path in ("run/pretrained", "run/checkpoints/last.ckpt")]
-        assert drawn[0].shape == (1, 3, SIDE, SIDE)
-        torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)  # merged adapters round differently
+    RELOADS.get(stage_of(read(name)), reloads_as_a_learner)(checkpoint["state_dict"])
     if read(name)["trainer"].get("callbacks"):
         assert Path("run/samples/step-000002.png").is_file()
     cli.main(

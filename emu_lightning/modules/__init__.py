@@ -2,6 +2,7 @@
 
 from emu_lightning.modules.autoencoder import AutoencoderModule
 from emu_lightning.modules.cascade import CascadeModule
+from emu_lightning.modules.contrastive import ContrastiveModule
 from emu_lightning.modules.diffusion import DiffusionModule
 from emu_lightning.modules.generator import (
     Generator,
@@ -20,6 +21,7 @@ from emu_lightning.modules.vq_autoencoder import VQAutoencoderModule
 __all__ = [
     "AutoencoderModule",
     "CascadeModule",
+    "ContrastiveModule",
     "DiffusionModule",
     "Generator",
     "MaskedModule",
