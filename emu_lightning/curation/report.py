@@ -9,7 +9,6 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from emu_lightning.curation.filters import BALANCE, READABLE, Filter, Filters, W
 from emu_lightning.curation.scoring import Reader
 from emu_lightning.curation.selection import ScoreTable, Selection, Share, Step
 from emu_lightning.evaluation import report
-from emu_lightning.evaluation.report import Html, Section, join, percent
+from emu_lightning.evaluation.report import Html, Section, join, percent, tag
 
 NUM_PICTURES = 6  # on each side of a threshold
 NUM_NAMES = 100  # of broken files of a kind
@@ -128,7 +127,7 @@ def curation_page(
         Section("How this was made", [report.provenance(command, facts)]),
     ]
     sentence = join(
-        _tag("strong", f"{num_selected:,}"),
+        tag("strong", f"{num_selected:,}"),
         f" of {num_pool:,} pictures are selected; {num_passing:,} pass all filters.",
     )
     digest = selection.configuration_sha256[:16]
@@ -138,6 +137,7 @@ def curation_page(
         sections,
         remark=f"Configuration {digest}. Scores are no judgement "
         "of people: look at what lies at the thresholds before you trust them.",
+        footer="",
     )
 
 
@@ -166,16 +166,6 @@ def _of(part: int, whole: int) -> str:
     return f"{percent(part / whole)} of {whole:,}" if whole else "of none"
 
 
-def _tag(name: str, *content: str, **attributes: object) -> Html:
-    """An element; ``css`` is its class, and underscores in names become hyphens."""
-    written = "".join(
-        f' {"class" if key == "css" else key.replace("_", "-")}="{escape(str(value))}"'
-        for key, value in attributes.items()
-        if value != ""
-    )
-    return Html(f"<{name}{written}>" + ("" if name == "img" else f"{join(*content)}</{name}>"))
-
-
 # --- funnel and concepts ----------------------------------------------------------------------------------
 
 
@@ -186,7 +176,7 @@ def funnel(steps: Sequence[Step], rules: Mapping[str, str]) -> Html:
     def row(step: Step) -> Html:
         bars = _bars([("tie", step.num_in / whole), ("win", step.num_out / whole)])
         numbers = (f"{step.num_in:,}", f"{step.num_out:,}", percent(_share(step.num_out, step.num_in)))
-        return _row(join(step.name, _tag("div", rules.get(step.name, ""), css="small muted")), numbers, bars)
+        return _row(join(step.name, tag("div", rules.get(step.name, ""), css="small muted")), numbers, bars)
 
     return _table(("", "in", "out", "left", ""), map(row, steps))
 
@@ -216,7 +206,7 @@ def _share(part: int, whole: int) -> float:
 def _bars(parts: Iterable[tuple[str, float]], *, is_stacked: bool = True) -> Html:
     """Bars from the left, over each other or beneath."""
     drawn = [
-        _tag(
+        tag(
             "rect",
             css=css,
             x=0,
@@ -226,19 +216,19 @@ def _bars(parts: Iterable[tuple[str, float]], *, is_stacked: bool = True) -> Htm
         )
         for i, (css, share) in enumerate(parts)
     ]
-    return _tag("svg", *drawn, height=30, aria_hidden="true")
+    return tag("svg", *drawn, height=30, aria_hidden="true")
 
 
 def _row(head: str, numbers: Iterable[str], drawing: Html) -> Html:
-    cells = (_tag("td", number, css="number") for number in numbers)
-    return _tag("tr", _tag("th", head, scope="row"), *cells, _tag("td", drawing, css="forest"))
+    cells = (tag("td", number, css="number") for number in numbers)
+    return tag("tr", tag("th", head, scope="row"), *cells, tag("td", drawing, css="forest"))
 
 
 def _table(heads: Sequence[str], rows: Iterable[Html]) -> Html:
     styles = ["", *["number"] * (len(heads) - 2), "forest"]
-    head = (_tag("th", text, css=css) for text, css in zip(heads, styles, strict=True))
-    table = _tag("table", _tag("thead", _tag("tr", *head)), _tag("tbody", *rows))
-    return _tag("div", table, css="scroll")
+    head = (tag("th", text, css=css) for text, css in zip(heads, styles, strict=True))
+    table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows))
+    return tag("div", table, css="scroll")
 
 
 # --- histograms -------------------------------------------------------------------------------------------
@@ -254,7 +244,7 @@ def histogram(rule: Filter, values: NDArray[np.float64]) -> Html:
     known = values[np.isfinite(values)]
     missing = f"{len(values) - len(known):,} without a value"
     if not len(known):
-        return _tag("p", f"Nothing that reached it has a value ({missing}).")
+        return tag("p", f"Nothing that reached it has a value ({missing}).")
     bounds = list(rule.bounds.values())
     edges = bin_edges(known, bounds)
     low, high = edges[0], edges[-1]
@@ -280,39 +270,39 @@ def histogram(rule: Filter, values: NDArray[np.float64]) -> Html:
             size = height * float(count) / top
             base -= size
             if count:
-                tip = _tag("title", f"{left:.4g} to {right:.4g}: {kept[i]:,} kept, {rejected[i]:,} rejected")
+                tip = tag("title", f"{left:.4g} to {right:.4g}: {kept[i]:,} kept, {rejected[i]:,} rejected")
                 width = f"{92 * (share(right) - share(left)):.2f}%"
                 drawing.append(
-                    _tag("rect", tip, css=css, x=at(left), y=f"{base:.1f}", width=width, height=f"{size:.1f}")
+                    tag("rect", tip, css=css, x=at(left), y=f"{base:.1f}", width=width, height=f"{size:.1f}")
                 )
-    drawing.append(_tag("line", css="axis", x1="0", x2="100%", y1=height, y2=height))
+    drawing.append(tag("line", css="axis", x1="0", x2="100%", y1=height, y2=height))
     for name, bound in rule.bounds.items():
-        drawing.append(_tag("line", css="mark", x1=at(bound), x2=at(bound), y1=-4, y2=height))
+        drawing.append(tag("line", css="mark", x1=at(bound), x2=at(bound), y1=-4, y2=height))
         anchor = "start" if name == "minimum" else "end"
         text = f"{SIGNS[name]} {bound:g}"
-        drawing.append(_tag("text", text, css="ink", x=at(bound), y=-8, text_anchor=anchor))
+        drawing.append(tag("text", text, css="ink", x=at(bound), y=-8, text_anchor=anchor))
     ends = [f"{low:.4g}", f"{high:.4g}"]
     strays = [
         f"≤ {ends[0]}" if known.min() < low else ends[0],
         f"≥ {ends[1]}" if known.max() > high else ends[1],
     ]
     drawing += [
-        _tag("text", text.replace("-", "−"), x=x, y=height + 18, text_anchor=anchor)
+        tag("text", text.replace("-", "−"), x=x, y=height + 18, text_anchor=anchor)
         for text, x, anchor in zip(strays, ("0", "100%"), ("start", "end"), strict=True)
     ]
     words = f"kept {is_kept.sum():,}", f"rejected {(~is_kept).sum():,}", missing
     legend = [
-        _tag("span", _tag("i", css=css) if css else "", text)
+        tag("span", tag("i", css=css) if css else "", text)
         for css, text in zip(("win", "lose", ""), words, strict=True)
     ]
-    svg = _tag(
+    svg = tag(
         "svg", *drawing, role="img", aria_label=f"{rule.column}: {', '.join(words)}", height=height + 24
     )
-    return _tag(
+    return tag(
         "figure",
-        _tag("figcaption", _tag("span", rule.column, css="title")),
-        _tag("p", *legend, css="legend"),
-        _tag("div", svg, style="padding:1.5rem 0 .5rem"),
+        tag("figcaption", tag("span", rule.column, css="title")),
+        tag("p", *legend, css="legend"),
+        tag("div", svg, style="padding:1.5rem 0 .5rem"),
     )
 
 
@@ -431,23 +421,23 @@ def gallery(edge: Edge, images: Mapping[int, str], names: Mapping[int, str]) -> 
         value = "" if edge.values is None else f"{edge.values[row]:.4g}".replace("-", "−")
         frame = "width:100%;aspect-ratio:1;object-fit:contain;image-rendering:auto;background:var(--soft)"
         url = images.get(row, "")
-        picture = _tag("img", alt=names[row], src=url, style=frame) if url else _tag("span", "cannot be read")
-        return _tag("div", picture, _tag("span", _tag("b", value)), title=names[row])
+        picture = tag("img", alt=names[row], src=url, style=frame) if url else tag("span", "cannot be read")
+        return tag("div", picture, tag("span", tag("b", value)), title=names[row])
 
     def side(title: str, rows: Sequence[int]) -> Html:
         if not rows:
-            return _tag("figure", _tag("figcaption", _tag("span", f"{title}: none")))
-        return _tag(
+            return tag("figure", tag("figcaption", tag("span", f"{title}: none")))
+        return tag(
             "figure",
-            _tag("div", *map(cell, rows)),
-            _tag("figcaption", title),
+            tag("div", *map(cell, rows)),
+            tag("figcaption", title),
             css="pictures",
             style=f"--count:{NUM_PICTURES // 2};--side:11rem",
         )
 
     rejected = [int(row) for row in edge.rejected[::-1]]
     accepted = [int(row) for row in edge.accepted]
-    return _tag(
+    return tag(
         "div",
         side(f"rejected, {edge.title}", rejected),
         side(f"accepted, {edge.title}", accepted),
@@ -464,7 +454,7 @@ def broken_files(manifest: Path) -> list[Html]:
     table = pq.read_table(manifest, columns=["uid", "error", "error_detail"])
     table = table.filter(pc.is_valid(table["error"]))
     if not len(table):
-        return [_tag("p", "None.")]
+        return [tag("p", "None.")]
     counts = sorted(
         table["error"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"])
     )
@@ -473,8 +463,8 @@ def broken_files(manifest: Path) -> list[Html]:
         of_kind = table.filter(pc.equal(table["error"], row["values"])).slice(0, NUM_NAMES).to_pylist()
         rows = [[_visible(each["uid"]), each["error_detail"] or ""] for each in of_kind]
         shown = f"{row['counts']:,}" if row["counts"] == len(rows) else f"{len(rows):,} of {row['counts']:,}"
-        summary = _tag("summary", f"{row['values']} ", _tag("small", shown))
-        pieces.append(_tag("details", summary, report.table(["file", "what is wrong"], rows)))
+        summary = tag("summary", f"{row['values']} ", tag("small", shown))
+        pieces.append(tag("details", summary, report.table(["file", "what is wrong"], rows)))
     return pieces
 
 

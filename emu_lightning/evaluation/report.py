@@ -46,7 +46,7 @@ def join(*parts: str) -> Html:
     return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
 
 
-def _tag(name: str, *content: str, **attributes: object) -> Html:
+def tag(name: str, *content: str, **attributes: object) -> Html:
     """An element; ``css`` is its class, and underscores in names become hyphens."""
     written = "".join(
         f' {"class" if key == "css" else key.replace("_", "-")}="{escape(str(value))}"'
@@ -111,11 +111,11 @@ def headline(
         opening,
         "the" if opening else "The",
         f" {tuned}’s picture wins ",
-        _tag("strong", percent(appeal.win)),
+        tag("strong", percent(appeal.win)),
         f" of {num} on appeal ",
-        _tag("small", f"(95\u00a0% interval {percent_interval(appeal.ci95)})"),
+        tag("small", f"(95\u00a0% interval {percent_interval(appeal.ci95)})"),
         f", {link} {verdict} ",
-        _tag(
+        tag(
             "small",
             f"(win minus lose {points(faithfulness.win_minus_lose)} points, 95\u00a0% interval "
             f"{points_interval(faithfulness.win_minus_lose_ci95)})",
@@ -136,8 +136,8 @@ def headline_of_several(rates: Mapping[str, tuple[WinRate, WinRate]], *, margin:
     wins = [
         join(
             f", {name} " if i else f"{name} wins ",
-            _tag("strong", percent(appeal.win)),
-            _tag("small", f" ({percent_interval(appeal.ci95)})"),
+            tag("strong", percent(appeal.win)),
+            tag("small", f" ({percent_interval(appeal.ci95)})"),
         )
         for i, (name, (appeal, _)) in enumerate(rates.items())
     ]
@@ -176,14 +176,14 @@ class Figure:
 
 def key_figures(figures: Sequence[Figure]) -> Html:
     """Cards side by side."""
-    return _tag(
+    return tag(
         "dl",
         *(
-            _tag(
+            tag(
                 "div",
-                _tag("dt", one.label),
-                _tag("dd", one.value, css="value"),
-                _tag("dd", one.detail, css="small muted"),
+                tag("dt", one.label),
+                tag("dd", one.value, css="value"),
+                tag("dd", one.detail, css="small muted"),
             )
             for one in figures
         ),
@@ -217,13 +217,13 @@ def win_bar(
         "tie": f"tie {percent(rate.tie)}",
         "lose": f"{base} wins {percent(rate.lose)}",
     }
-    legend = [_tag("span", _tag("i", css=outcome), text) for outcome, text in words.items()]
-    legend += [_tag("span", f"┆ {label} {percent(share)}", css="narrow") for label, share in references]
+    legend = [tag("span", tag("i", css=outcome), text) for outcome, text in words.items()]
+    legend += [tag("span", f"┆ {label} {percent(share)}", css="narrow") for label, share in references]
     top, height = 20 * len(references), 36
     bottom = top + height
     stretches = (("win", 0.0, rate.win), ("tie", rate.win, rate.tie), ("lose", 1 - rate.lose, rate.lose))
     drawing = [
-        _tag("rect", css=outcome, x=_pc(start), y=top, width=_pc(share), height=height)
+        tag("rect", css=outcome, x=_pc(start), y=top, width=_pc(share), height=height)
         for outcome, start, share in stretches
     ]
     drawing += [
@@ -241,7 +241,7 @@ def win_bar(
     return _figure(
         title,
         detail,
-        _tag("p", *legend, css="legend"),
+        tag("p", *legend, css="legend"),
         _svg(f"{title}: {'; '.join(words.values())}", bottom + 24, drawing),
     )
 
@@ -262,7 +262,7 @@ def difference_bar(title: str, rate: WinRate, *, detail: str = "", margin: float
         return (difference / end + 1) / 2
 
     drawing = [
-        _tag("line", css="axis", x1="0", x2="100%", y1=40, y2=40),
+        tag("line", css="axis", x1="0", x2="100%", y1=40, y2=40),
         _vertical(at(0), 20, 60, "zero"),
         _text(0, 11, "← loses more", css="wide"),
         _text(1, 11, "wins more →", anchor="end", css="wide"),
@@ -281,7 +281,7 @@ def difference_bar(title: str, rate: WinRate, *, detail: str = "", margin: float
     return _figure(
         title,
         detail,
-        _tag("p", _tag("span", f"win minus lose {words}"), css="legend"),
+        tag("p", tag("span", f"win minus lose {words}"), css="legend"),
         _svg(f"{title}: {words}", 86, drawing),
     )
 
@@ -338,7 +338,7 @@ def line_chart(
     for tick in y_ticks:
         at = round(_CHART_HEIGHT * down(tick), 1)
         frame += [
-            _tag("line", css="axis", x1="0", x2="100%", y1=at, y2=at),
+            tag("line", css="axis", x1="0", x2="100%", y1=at, y2=at),
             _text(0, at + 4, _tick_label(tick, y_ticks, unit), anchor="end", dx=-8),
         ]
     frame += [
@@ -362,8 +362,8 @@ def line_chart(
             across(np.append(there, back)), down(np.append(line.upper[held], line.lower[held][::-1]))
         )
         paths += [
-            _tag("path", css="band", fill=colour, d=f"{band}Z"),
-            _tag(
+            tag("path", css="band", fill=colour, d=f"{band}Z"),
+            tag(
                 "path",
                 css="line",
                 stroke=colour,
@@ -374,16 +374,16 @@ def line_chart(
         seen = np.flatnonzero(np.isfinite(line.y))
         heights = np.round(_CHART_HEIGHT * down(line.y), 1)
         dots += [
-            _tag("circle", cx=_pc(across(line.x[i])), cy=heights[i], r=3.5, fill=colour)
+            tag("circle", cx=_pc(across(line.x[i])), cy=heights[i], r=3.5, fill=colour)
             for i in (seen if len(seen) <= _MAX_DOTS else seen[-1:])
         ]
         ends.append(float(heights[seen[-1]]))
-        legend.append(_tag("span", _tag("i", style=f"background:{colour}"), line.name))
+        legend.append(tag("span", tag("i", style=f"background:{colour}"), line.name))
     labels = [
         _text(1, at + 4, line.name, css="wide name", dx=12, style=f"fill:var(--series-{index})")
         for index, (at, line) in enumerate(zip(_apart(ends), lines, strict=True))
     ]
-    stretched = _tag(
+    stretched = tag(
         "svg", *paths, viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=_CHART_HEIGHT
     )
     chart = _svg(
@@ -391,7 +391,7 @@ def line_chart(
         _CHART_HEIGHT,
         [*frame, stretched, *dots, *labels],
     )
-    return _figure(title, detail, _tag("div", _tag("p", *legend, css="legend narrow"), chart, css="chart"))
+    return _figure(title, detail, tag("div", tag("p", *legend, css="legend narrow"), chart, css="chart"))
 
 
 class _Line(NamedTuple):
@@ -416,12 +416,12 @@ def _measured(series: Series, title: str) -> _Line:
 
 def heading(title: str, intro: str = "") -> Html:
     """What stands over a few pieces within a section."""
-    return join(_tag("h3", title), _tag("p", intro))
+    return join(tag("h3", title), tag("p", intro))
 
 
 def columns(*parts: Html) -> Html:
     """Pieces side by side where there is room."""
-    return _tag("div", *parts, css="columns")
+    return tag("div", *parts, css="columns")
 
 
 # --- pictures --------------------------------------------------------------------------------------------
@@ -458,24 +458,24 @@ def figure_grid(
     style = f"--count:{num_columns or len(pictures)};--side:{shown}px"
 
     def cell(name: str, i: int) -> Html:
-        picture = _tag("img", alt=f"{name}: {captions[i]}", src=_data_url(pictures[name][i]))
+        picture = tag("img", alt=f"{name}: {captions[i]}", src=_data_url(pictures[name][i]))
         if name not in marks:
-            return _tag("div", picture, _tag("span", name))
+            return tag("div", picture, tag("span", name))
         is_best = marks[name][i] == max(mark[i] for mark in marks.values())
-        mark = _tag("b" if is_best else "i", f"{marks[name][i]:.2f}")
-        return _tag("div", picture, _tag("span", name, " ", mark))
+        mark = tag("b" if is_best else "i", f"{marks[name][i]:.2f}")
+        return tag("div", picture, tag("span", name, " ", mark))
 
     rows = (
-        _tag(
+        tag(
             "figure",
-            _tag("div", *(cell(name, i) for name in pictures)),
-            _tag("figcaption", captions[i]),
+            tag("div", *(cell(name, i) for name in pictures)),
+            tag("figcaption", captions[i]),
             css="pictures",
             style=style,
         )
         for i in range(num)
     )
-    return _tag("div", *rows, css="grid")
+    return tag("div", *rows, css="grid")
 
 
 def _data_url(picture: Pictures) -> str:
@@ -496,13 +496,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str | float]], *, captio
             raise ValueError(f"a row of the table has {len(row)} cells, its head {len(heads)}: give as many")
     styles = ["" if any(isinstance(row[i], str) for row in rows) else "number" for i in range(len(heads))]
     body = (
-        _tag("tr", *(_tag("td", _cell(cell), css=css) for cell, css in zip(row, styles, strict=True)))
+        tag("tr", *(tag("td", _cell(cell), css=css) for cell, css in zip(row, styles, strict=True)))
         for row in rows
     )
     return _table(
         caption,
-        [_tag("th", head, css=css) for head, css in zip(heads, styles, strict=True)],
-        _tag("tbody", *body),
+        [tag("th", head, css=css) for head, css in zip(heads, styles, strict=True)],
+        tag("tbody", *body),
     )
 
 
@@ -552,30 +552,30 @@ def slice_table(
             *_whisker((at(ci95[0]), at(ci95[1])), 15, cap=0),
             _dot(at(value(rate)), 15),
         ]
-        return _tag(
+        return tag(
             "tr",
-            _tag("th", name, scope="row"),
-            _tag("td", f"{rate.num_prompts:,}", css="number wide"),
-            *(_tag("td", text, css="number") for text in shown),
-            *(_tag("td", percent(share), css="number wide") for share in (rate.tie, rate.lose)),
-            _tag("td", _svg(f"{name}: {shown[0]}, {shown[1]}", 30, drawing), css="forest"),
+            tag("th", name, scope="row"),
+            tag("td", f"{rate.num_prompts:,}", css="number wide"),
+            *(tag("td", text, css="number") for text in shown),
+            *(tag("td", percent(share), css="number wide") for share in (rate.tie, rate.lose)),
+            tag("td", _svg(f"{name}: {shown[0]}, {shown[1]}", 30, drawing), css="forest"),
             css="all" if rate is overall else "",
         )
 
     ends = [percent(x, 0) if figure == "win" else points(x, 0) for x in (low, (low + high) / 2, high)]
     heads = [
-        _tag("th"),
-        _tag("th", "prompts", css="number wide"),
-        _tag("th", "win" if figure == "win" else "win − lose", css="number"),
-        _tag("th", "95\u00a0% interval", css="number"),
-        _tag("th", "tie", css="number wide"),
-        _tag("th", "lose", css="number wide"),
-        _tag("th", _tag("div", *(_tag("span", end) for end in ends)), css="forest"),
+        tag("th"),
+        tag("th", "prompts", css="number wide"),
+        tag("th", "win" if figure == "win" else "win − lose", css="number"),
+        tag("th", "95\u00a0% interval", css="number"),
+        tag("th", "tie", css="number wide"),
+        tag("th", "lose", css="number wide"),
+        tag("th", tag("div", *(tag("span", end) for end in ends)), css="forest"),
     ]
     bodies = (
-        _tag(
+        tag(
             "tbody",
-            *([_tag("tr", _tag("th", group, colspan=7))] if group else []),
+            *([tag("tr", tag("th", group, colspan=7))] if group else []),
             *(row(name, rate) for name, rate in rates.items()),
             css="group",
         )
@@ -592,14 +592,14 @@ def settings(values: Mapping[str, Any]) -> Html:
 
     def row(key: str, value: str) -> Html:
         breakable = Html(escape(key).replace(".", ".<wbr>"))
-        return _tag("tr", _tag("th", breakable, scope="row"), _tag("td", value))
+        return tag("tr", tag("th", breakable, scope="row"), tag("td", value))
 
     return join(
         *(
-            _tag(
+            tag(
                 "details",
-                _tag("summary", f"{name} ", _tag("small", str(len(rows)))),
-                _tag("table", *(row(key, value) for key, value in rows)),
+                tag("summary", f"{name} ", tag("small", str(len(rows)))),
+                tag("table", *(row(key, value) for key, value in rows)),
             )
             for name, rows in folds.items()
         )
@@ -608,8 +608,8 @@ def settings(values: Mapping[str, Any]) -> Html:
 
 def provenance(command: str, facts: Mapping[str, str]) -> Html:
     """What made these figures: the command, and machine, date, versions, seconds, peak memory by name."""
-    rows = (join(_tag("dt", name), _tag("dd", value)) for name, value in facts.items())
-    return join(_tag("pre", command), _tag("dl", *rows, css="facts"))
+    rows = (join(tag("dt", name), tag("dd", value)) for name, value in facts.items())
+    return join(tag("pre", command), tag("dl", *rows, css="facts"))
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -627,8 +627,8 @@ def _cell(cell: str | float) -> str:
 
 
 def _table(caption: str, heads: Sequence[Html], *bodies: Html) -> Html:
-    title = [_tag("caption", caption, css="title")] if caption else []
-    return _tag("div", _tag("table", *title, _tag("thead", _tag("tr", *heads)), *bodies), css="scroll")
+    title = [tag("caption", caption, css="title")] if caption else []
+    return tag("div", tag("table", *title, tag("thead", tag("tr", *heads)), *bodies), css="scroll")
 
 
 # --- the page --------------------------------------------------------------------------------------------
@@ -643,7 +643,14 @@ class Section:
     intro: str = ""
 
 
-def page(title: str, sentence: str, sections: Sequence[Section], *, remark: str = "") -> Html:
+def page(
+    title: str,
+    sentence: str,
+    sections: Sequence[Section],
+    *,
+    remark: str = "",
+    footer: str = "Intervals are 95\u00a0%.",
+) -> Html:
     """The whole document.
 
     Args:
@@ -651,18 +658,19 @@ def page(title: str, sentence: str, sections: Sequence[Section], *, remark: str 
         sentence: the result; see :func:`headline`.
         sections: from the most to the least important.
         remark: under the sentence: who judged, and what the figures are not.
+        footer: what holds for all figures.
     """
     style = files("emu_lightning.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    header = _tag(
-        "header", _tag("h1", title), _tag("p", sentence, css="headline"), _tag("p", remark, css="muted")
+    header = tag(
+        "header", tag("h1", title), tag("p", sentence, css="headline"), tag("p", remark, css="muted")
     )
-    links = _tag("nav", *(_tag("a", one.title, href=f"#{_slug(one.title)}") for one in sections))
+    links = tag("nav", *(tag("a", one.title, href=f"#{_slug(one.title)}") for one in sections))
     bodies = (
-        _tag("section", _tag("h2", one.title), _tag("p", one.intro), *one.body, id=_slug(one.title))
+        tag("section", tag("h2", one.title), tag("p", one.intro), *one.body, id=_slug(one.title))
         for one in sections
     )
-    footer = _tag("footer", "The figures are also in results.json beside this page. Intervals are 95\u00a0%.")
+    end = tag("footer", f"The figures are also in results.json beside this page. {footer}".rstrip())
     return Html(f"""<!doctype html>
 <html lang="en">
 <head>
@@ -674,7 +682,7 @@ def page(title: str, sentence: str, sections: Sequence[Section], *, remark: str 
 {style}</style>
 </head>
 <body>
-{_tag("main", header, links, *bodies, footer)}
+{tag("main", header, links, *bodies, end)}
 </body>
 </html>
 """)
@@ -716,8 +724,8 @@ def _slug(title: str) -> str:
 
 
 def _figure(title: str, detail: str, *parts: Html) -> Html:
-    caption = _tag("figcaption", _tag("span", title, css="title"), " ", _tag("small", detail))
-    return _tag("figure", caption, *parts)
+    caption = tag("figcaption", tag("span", title, css="title"), " ", tag("small", detail))
+    return tag("figure", caption, *parts)
 
 
 # --- drawing: x is a share of the width, y is in pixels --------------------------------------------------
@@ -732,31 +740,31 @@ def _anchor(x: float) -> str:
 
 
 def _svg(label: str, height: float, drawing: Sequence[Html]) -> Html:
-    return _tag("svg", *drawing, role="img", aria_label=label, height=height)
+    return tag("svg", *drawing, role="img", aria_label=label, height=height)
 
 
 def _text(
     x: float, y: float, text: str, *, anchor: str = "start", css: str = "", dx: float = 0, style: str = ""
 ) -> Html:
-    return _tag("text", text, css=css, x=_pc(x), y=f"{y:.4g}", dx=dx, text_anchor=anchor, style=style)
+    return tag("text", text, css=css, x=_pc(x), y=f"{y:.4g}", dx=dx, text_anchor=anchor, style=style)
 
 
 def _vertical(x: float, y1: float, y2: float, css: str) -> Html:
-    return _tag("line", css=css, x1=_pc(x), x2=_pc(x), y1=y1, y2=y2)
+    return tag("line", css=css, x1=_pc(x), x2=_pc(x), y1=y1, y2=y2)
 
 
 def _whisker(ends: Interval, y: float, cap: float = 6) -> list[Html]:
     low, high = (_pc(min(1.0, max(0.0, end))) for end in ends)
     lines = [(low, high, y, y), (low, low, y - cap, y + cap), (high, high, y - cap, y + cap)]
     return [
-        _tag("line", css=css, x1=x1, x2=x2, y1=y1, y2=y2)
+        tag("line", css=css, x1=x1, x2=x2, y1=y1, y2=y2)
         for css in ("halo", "whisker")
         for x1, x2, y1, y2 in lines
     ]
 
 
 def _dot(x: float, y: float) -> Html:
-    return _tag("circle", css="dot", cx=_pc(x), cy=y, r=5)
+    return tag("circle", css="dot", cx=_pc(x), cy=y, r=5)
 
 
 def _path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
