@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "sample": ("sample", "generate images for prompts"),
     "evaluate": ("evaluate", "judge two models on the same prompts: win rates with 95 % intervals"),
     "curate": ("curate", "select the pictures of a pool that are worth tuning on; one page says why"),
+    "head": ("head", "learn from labels of some pictures what a curation finds in all"),
     "upsample": ("upsample", "bring pictures of a manifest that are too small up to a size"),
     "export": ("export", "write a checkpoint as a folder of safetensors"),
     "miniature": ("miniature", "make a miniature base model from nothing"),

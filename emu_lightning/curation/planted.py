@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,26 @@ SHARES = {  # of the pool; what remains are everyday snapshots without fault
     "blur": 0.06,
     "corrupt": 0.04,
 }
+CROPS = [*4 * ["nothing"], "text", "low_resolution", "extreme_aspect", "duplicate", "blur", "corrupt"]
 WORDS = "SALE NOW ONLY TODAY BEST PRICE CALL SHOP HERE OPEN NEW FREE WINTER SUMMER OFFER".split()
 SOURCES = {"flickr": 30.0, "portfolio": 400.0}  # median likes of a picture of a year's age
 
 
-def write_planted_pool(folder: str | Path, num: int, seed: int = 0) -> Path:
-    """Writes `num` pictures into `folder`, and the truth about them beside it.
+def write_planted_pool(
+    folder: str | Path, num: int, seed: int = 0, photographs: Sequence[Image.Image] = ()
+) -> Path:
+    """Writes `num` pictures of the world and ten of each photograph, and the truth about them beside it.
 
     Args:
         folder: made; its files are `NNNNNN.jpg`, and `metadata.jsonl` with text, source, likes, posted_at
             and licence of each.
-        num: pictures.
+        num: pictures of the world.
         seed: of everything.
+        photographs: real ones; ten crops of each, six of them with a defect, and none with a caption.
 
     Returns:
-        The table of truth: `file`, `planted` (a key of `SHARES`, or "nothing"), `original` (file that a
-        duplicate is of), `subject`, `background`.
+        The table of truth: `uid`, `planted` (a key of `SHARES`, or "nothing"), `original` (uid of what a
+        duplicate is of), `subject` (of the world's), `is_photograph`.
     """
     folder = Path(folder)
     rng = np.random.default_rng(seed)
@@ -68,30 +72,41 @@ def write_planted_pool(folder: str | Path, num: int, seed: int = 0) -> Path:
     order = rng.permutation(num)
     rows: list[dict[str, Any]] = []
     said: list[dict[str, Any]] = []
+
+    def add(content: bytes, caption: str | None, **truth: Any) -> str:
+        name = f"{len(rows):06d}.jpg"
+        write_whole(folder / name, content)
+        text = {} if caption is None else {"text": caption}
+        own = np.random.default_rng((seed, len(rows), 1))
+        said.append({"file_name": name, **text, **_popularity(truth["planted"], own)})
+        rows.append({"uid": name, **truth})
+        return name
+
     whole: list[tuple[str, Image.Image, Scene]] = []  # what duplicates are made of
     for index, kind in enumerate(sorted((kinds[i] for i in order), key=lambda kind: kind == "duplicate")):
         own = np.random.default_rng((seed, index))
-        name = f"{index:06d}.jpg"
         original = None
         if kind == "duplicate":
             original, image, scene = whole[int(own.integers(len(whole)))]
         else:
             scene = _scene(own)
             image = _photograph(scene, kind == "photogenic", own)
-        content, caption = _planted(kind, image, scene, own)
+        caption = _other_caption(scene, own) if kind == "wrong_caption" else scene.caption
+        truth = {"planted": kind, "original": original, "subject": scene.subject, "is_photograph": False}
+        name = add(_planted(kind, image, own), caption, **truth)
         if kind == "nothing":
             whole.append((name, image, scene))
-        write_whole(folder / name, content)
-        said.append({"file_name": name, "text": caption, **_popularity(kind, own)})
-        rows.append(
-            {
-                "file": name,
-                "planted": kind,
-                "original": original,
-                "subject": scene.subject,
-                "background": scene.background,
-            }
-        )
+    for number, photograph in enumerate(photographs):
+        own = np.random.default_rng((seed, num, number))
+        first: tuple[str, Image.Image] | None = None
+        for kind in CROPS:
+            image = _crop(photograph, own)
+            original = None
+            if kind == "duplicate" and first is not None:
+                original, image = first
+            truth = {"planted": kind, "original": original, "subject": None, "is_photograph": True}
+            name = add(_planted(kind, image, own), None, **truth)
+            first = first or (name, image)
     write_whole(folder / "metadata.jsonl", "".join(json.dumps(each) + "\n" for each in said))
     write_table(pa.Table.from_pylist(rows), folder.parent / TRUTH)
     return folder.parent / TRUTH
@@ -109,14 +124,21 @@ def _photograph(scene: Scene, is_photogenic: bool, rng: np.random.Generator) -> 
     return Image.fromarray(render(scene, hand, SIDE, rng))
 
 
-def _planted(kind: str, image: Image.Image, scene: Scene, rng: np.random.Generator) -> tuple[bytes, str]:
-    """The file with its defect, and its caption."""
-    if kind == "wrong_caption":
-        return _jpeg(image), _other_caption(scene, rng)
+def _crop(photograph: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A square part of it, of at least half its shorter side."""
+    shorter = min(photograph.size)
+    side = int(rng.integers(shorter // 2, shorter + 1))
+    left, top = (int(rng.integers(0, length - side + 1)) for length in photograph.size)
+    part = photograph.convert("RGB").crop((left, top, left + side, top + side))
+    return part.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def _planted(kind: str, image: Image.Image, rng: np.random.Generator) -> bytes:
+    """The file with its defect."""
     if kind == "corrupt":
-        return _corrupt(_jpeg(image), rng), scene.caption
+        return _corrupt(_jpeg(image), rng)
     change = DEFECTS.get(kind)
-    return _jpeg(image if change is None else change(image, rng)), scene.caption
+    return _jpeg(image if change is None else change(image, rng))
 
 
 def _other_caption(scene: Scene, rng: np.random.Generator) -> str:

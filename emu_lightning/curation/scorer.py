@@ -29,6 +29,36 @@ class Picture:
     row: Mapping[str, Any]
 
 
+class Derived(ABC):
+    """Columns that are a function of a scorer's own columns of the same picture, and not of its pixels.
+
+    They lie in files of their own: where one is new or changed, it is computed of what is stored, and no
+    picture is read again.
+
+    Attributes:
+        columns: name and type of what it writes.
+    """
+
+    columns: Mapping[str, pa.DataType]
+
+    @property
+    def name(self) -> str:
+        """Of its scores' folder, behind the scorer's name."""
+        return next(iter(self.columns))
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identity of all that its columns depend on besides the scorer's own."""
+
+    def weights_sha256(self) -> Mapping[str, str]:
+        """Of each file of weights, by the name that the configuration gives it."""
+        return {}
+
+    @abstractmethod
+    def derive(self, own: pa.Table) -> Columns:
+        """`columns` of B pictures, from the scorer's own as they are stored. The scorer has been started."""
+
+
 class Scorer(ABC):
     """Writes columns about pictures. It judges nothing: thresholds are filters, over these columns.
 
@@ -38,10 +68,12 @@ class Scorer(ABC):
     Attributes:
         columns: name and type of what it writes; values may be missing (None), but say so in the docstring.
         batch_size: pictures that it is given at once.
+        derived: what else is computed from its columns.
     """
 
     columns: Mapping[str, pa.DataType]
     batch_size: int = 1
+    derived: Sequence[Derived] = ()
 
     @property
     def name(self) -> str:
@@ -56,7 +88,7 @@ class Scorer(ABC):
         """
 
     def weights_sha256(self) -> Mapping[str, str]:
-        """Of every file of weights: its name and hash, for the manifest."""
+        """Of each file of weights that it has itself, by the name that the configuration gives it."""
         return {}
 
     def start(self) -> None:  # noqa: B027  # some need nothing

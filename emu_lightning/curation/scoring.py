@@ -25,10 +25,11 @@ import pyarrow.parquet as pq
 from emu_lightning.curation.decode import FACTS, VERSION, Facts, decode, failed
 from emu_lightning.curation.engine import Engine, Mark, Report, Task
 from emu_lightning.curation.ingest import Shard, read_shard, write_parquet
-from emu_lightning.curation.scorer import Columns, Picture, Scorer
+from emu_lightning.curation.scorer import Columns, Derived, Picture, Scorer
 
 MAX_PIXELS = 100_000_000  # of the pictures held at once by a process, so 300 MB
 SAVE_SECONDS = 60.0  # between two writings of a shard that takes long: what a kill may cost
+OF_PIXELS = f" of pixels {VERSION}"  # end of the fingerprints of scores
 KEYS = {"uid": pa.string(), "file_version": pa.string()}
 
 
@@ -49,21 +50,29 @@ class Pass:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a scorer writes, or the reading itself, and where.
+    """What a scorer writes, or is derived of it, or the reading itself; and where.
 
     Attributes:
         name: of the scorer.
         fingerprint: of all that its scores depend on.
         columns: name and type of what it writes.
+        weights: name -> sha256 of the files of weights behind it.
     """
 
     name: str
     fingerprint: str
     columns: Mapping[str, pa.DataType] = field(compare=False)
+    weights: Mapping[str, str] = field(compare=False, default_factory=dict)
 
     @classmethod
     def of(cls, scorer: Scorer) -> Scores:
-        return cls(scorer.name, f"{scorer.fingerprint()} of pixels {VERSION}", dict(scorer.columns))
+        fingerprint = scorer.fingerprint() + OF_PIXELS
+        return cls(scorer.name, fingerprint, dict(scorer.columns), scorer.weights_sha256())
+
+    def derived(self, one: Derived) -> Scores:
+        """What is derived of these."""
+        fingerprint = f"{one.fingerprint()} of {self.fingerprint}"
+        return Scores(f"{self.name}-{one.name}", fingerprint, dict(one.columns), one.weights_sha256())
 
     def folder(self, run: Path) -> Path:
         """Of the scores of all shards."""
@@ -81,6 +90,12 @@ class Scores:
 READ = Scores("read", f"read {VERSION}", FACTS)
 
 
+def all_scores(scorers: Iterable[Scorer]) -> dict[Scores, dict[Scores, Derived]]:
+    """What each scorer writes, and what is derived of it."""
+    own = {Scores.of(scorer): scorer for scorer in scorers}
+    return {scores: {scores.derived(one): one for one in scorer.derived} for scores, scorer in own.items()}
+
+
 def plan(
     run: Path, shards: Iterable[Shard], scorers: Sequence[Scorer], uids: Collection[str] | None = None
 ) -> list[Task]:
@@ -93,13 +108,14 @@ def plan(
         uids: the only ones to score; None is all.
 
     Returns:
-        A task for each shard with such rows. Their `num_rows` add up to the pictures to be read.
+        A task for each shard with such rows. Their `num_rows` add up to the pictures at hand.
 
     Raises:
         ValueError: two scorers have one name, or a column in common.
     """
-    shards, outputs = list(shards), [READ, *map(Scores.of, scorers)]
-    _check_names(outputs)
+    _check_scorers(scorers)
+    shards, written = list(shards), all_scores(scorers)
+    outputs = [READ, *written, *(scores for derived in written.values() for scores in derived)]
     for scores in outputs:
         _keep(run, shards, scores)
     wanted = None if uids is None else set(uids)
@@ -139,11 +155,16 @@ def score(
     yield from engine.map(ScoreShard(run, scorers), tasks, num_workers)
 
 
-def _check_names(outputs: Sequence[Scores]) -> None:
-    names = [scores.name for scores in outputs]
-    columns = [*KEYS, *(name for scores in outputs for name in scores.columns)]
-    for kind, each in (("name", names), ("column", columns)):
-        for name in {name for name in each if each.count(name) > 1}:
+def _check_scorers(scorers: Sequence[Scorer]) -> None:
+    _refuse_twice("name", [READ.name, *(scorer.name for scorer in scorers)])
+    own = [scorer.columns for scorer in scorers]
+    derived = [one.columns for scorer in scorers for one in scorer.derived]
+    _refuse_twice("column", [name for columns in (KEYS, FACTS, *own, *derived) for name in columns])
+
+
+def _refuse_twice(kind: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
             raise ValueError(f"two scorers have the {kind} {name}: leave one out, or name it otherwise")
 
 
@@ -157,7 +178,7 @@ class ScoreShard:
 
     def __init__(self, run: Path, scorers: Sequence[Scorer]) -> None:
         self.run, self.scorers = run, list(scorers)
-        self.outputs = [Scores.of(scorer) for scorer in self.scorers]  # here, once: weights are hashed for it
+        self.outputs = all_scores(self.scorers)  # here, once: weights are hashed for it
         self.size = max([scorer.batch_size for scorer in self.scorers], default=1)
         self._is_started = False
 
@@ -168,7 +189,8 @@ class ScoreShard:
                 scorer.start()
             self._is_started = True
         shard = read_shard(self.run, task.shard)
-        state = _State.of(self.run, shard, [READ, *self.outputs])
+        derived = [scores for each in self.outputs.values() for scores in each]
+        state = _State.of(self.run, shard, [READ, *self.outputs, *derived])
         to_read = state.to_read(task.rows)
         todo = {scores: state.to_score(scores, task.rows) for scores in self.outputs}
         for number, why in task.refused.items():
@@ -206,6 +228,11 @@ class ScoreShard:
             if is_alone:
                 score_held()
         score_held()
+        for own, of_it in self.outputs.items():
+            for scores, one in of_it.items():
+                numbers, table = state.stored(own, state.to_score(scores, task.rows))
+                if numbers:
+                    state.add(scores, numbers, one.derive(table))
         state.write(self.run)
         num_bad = sum(state.facts[number]["error"] is not None for number in to_read)
         return Report(task.shard, task.num_rows, num_bad, time.monotonic() - since)
@@ -258,6 +285,12 @@ class _State:
         """Scores of some rows that had none."""
         self._made[scores].add(numbers, columns)
 
+    def stored(self, scores: Scores, rows: Collection[int]) -> tuple[list[int], pa.Table]:
+        """Those of `rows` that have scores, and these."""
+        numbers, table = self._merged(scores)
+        places = [place for place, number in enumerate(numbers) if number in rows]
+        return [numbers[place] for place in places], table.take(pa.array(places, pa.int64()))
+
     def write(self, run: Path) -> None:
         """Writes what has changed, each file whole."""
         is_read = not self.to_read(None)
@@ -270,13 +303,18 @@ class _State:
         for scores, made in self._made.items():
             if scores == READ:
                 continue
-            numbers, table = self._stored[scores]
-            if made.numbers:
-                numbers, table = numbers + made.numbers, pa.concat_tables([table, made.table()])
-                self._stored[scores], self._made[scores] = (numbers, table), _Made(scores)
+            numbers, table = self._merged(scores)
             is_complete = is_read and pictures.issubset(numbers)
             if made.numbers or _is_complete(scores.file(run, self.shard.id)) != is_complete:
                 self._write(run, scores, numbers, table, is_complete)
+                self._stored[scores], self._made[scores] = (numbers, table), _Made(scores)
+
+    def _merged(self, scores: Scores) -> tuple[list[int], pa.Table]:
+        """Rows and their scores, those of the files and those made since."""
+        (numbers, table), made = self._stored[scores], self._made[scores]
+        if not made.numbers:
+            return numbers, table
+        return numbers + made.numbers, pa.concat_tables([table, made.table()])
 
     def _write(
         self, run: Path, scores: Scores, numbers: Sequence[int], table: pa.Table, is_complete: bool

@@ -133,6 +133,7 @@ class ScoreTable:
         columns: name and type. Of lists, such as embeddings, nothing is read.
         fingerprint: of all that they depend on.
         is_late: they are computed only for rows that pass the filters before the first one that needs them.
+        weights: name -> sha256 of the files of weights that made them.
     """
 
     name: str
@@ -140,6 +141,7 @@ class ScoreTable:
     columns: Mapping[str, pa.DataType]
     fingerprint: str
     is_late: bool = False
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,9 @@ class ScoredPool:
                 "SELECT rank, selected.row IS NOT NULL AS selected, rejected_by FROM judged "
                 "LEFT JOIN ranked USING (row) LEFT JOIN selected USING (row) ORDER BY judged.row"
             ).to_arrow_table()
-        metadata = {METADATA: json.dumps({"configuration_sha256": digest, **configuration}, sort_keys=True)}
+        weights = {file: sha256 for one in self._scores for file, sha256 in one.weights.items()}
+        about = {"configuration_sha256": digest, "weights": weights, **configuration}
+        metadata = {METADATA: json.dumps(about, sort_keys=True)}
         self._write_manifest(Path(folder) / "manifest.parquet", verdicts, filters, metadata)
         chosen = {"configuration_sha256": digest, "configuration": configuration, "num": len(uids)}
         write_whole(

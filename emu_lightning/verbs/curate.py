@@ -161,11 +161,17 @@ class _Job:
         return self._table(scoring.READ, False)
 
     def _tables(self, passes: Sequence[Pass]) -> list[ScoreTable]:
-        return [self._table(scoring.Scores.of(scorer), one.after) for one in passes for scorer in one.scorers]
+        written = [(scoring.all_scores(one.scorers), one.after) for one in passes]
+        return [
+            self._table(scores, is_late)
+            for each, is_late in written
+            for own, derived in each.items()
+            for scores in (own, *derived)
+        ]
 
     def _table(self, scores: scoring.Scores, is_late: bool) -> ScoreTable:
         folder = scores.folder(self.run)
-        return ScoreTable(scores.name, folder, scores.columns, scores.fingerprint, is_late)
+        return ScoreTable(scores.name, folder, scores.columns, scores.fingerprint, is_late, scores.weights)
 
     def _run(self, one: Pass, uids: list[str] | None) -> None:
         tasks = scoring.plan(self.run, self.shards, one.scorers, uids)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from emu_lightning.curation.engine import Engine, Mark, Report, Task, Work
 from emu_lightning.curation.ingest import MISSING, Pool, Shard, as_rows, row_version, write_pool
-from emu_lightning.curation.scorer import Columns, Picture, Scorer
+from emu_lightning.curation.scorer import Columns, Derived, Picture, Scorer
+from emu_lightning.curation.scorers import Head
 from emu_lightning.curation.scoring import plan, score
 
 
@@ -81,8 +82,11 @@ class Mean(Scorer):
     columns = {"mean": pa.float64(), "means": pa.list_(pa.float16(), 3)}
     batch_size = 3
 
-    def __init__(self, log: Path, version: int = 1, seconds: float = 0.0, fails_at: str = "") -> None:
+    def __init__(
+        self, log: Path, version: int = 1, seconds: float = 0.0, fails_at: str = "", factor: int | None = None
+    ) -> None:
         self.log, self.version, self.seconds, self.fails_at = log, version, seconds, fails_at
+        self.derived = [] if factor is None else [Times(factor)]
 
     def fingerprint(self) -> str:
         return f"mean {self.version}"
@@ -96,6 +100,44 @@ class Mean(Scorer):
         arrays = [np.asarray(picture.image) for picture in pictures]
         means = [array.mean((0, 1)).astype(np.float16) for array in arrays]
         return {"mean": [float(array.mean()) for array in arrays], "means": means}
+
+
+class Times(Derived):
+    """The mean of :class:`Mean`, times a number."""
+
+    columns = {"times": pa.float64()}
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def fingerprint(self) -> str:
+        return f"times {self.factor}"
+
+    def derive(self, own: pa.Table) -> Columns:
+        return {"times": [self.factor * mean for mean in own["mean"].to_pylist()]}
+
+
+class Embedding(Scorer):
+    """Mean colours in place of a CLIP's embedding; heads are started and derived as Clip's are."""
+
+    name = "clip"
+    columns = {"clip_embedding": pa.list_(pa.float16(), 3)}
+
+    def __init__(self, log: str, heads: list[Head] | None = None) -> None:
+        self.log, self.derived = log, heads or []
+
+    def fingerprint(self) -> str:
+        return "colours 1"
+
+    def start(self) -> None:
+        for head in self.derived:
+            head.start(lambda texts: np.empty((0, 3), np.float32), 3, self.fingerprint())
+
+    def score(self, pictures: Sequence[Picture]) -> Columns:
+        with open(self.log, "a") as log:
+            log.writelines(f"{picture.row['uid']}\n" for picture in pictures)
+        means = [np.asarray(picture.image).mean((0, 1)) - 120 for picture in pictures]
+        return {"clip_embedding": [(mean / np.linalg.norm(mean)).astype(np.float16) for mean in means]}
 
 
 class Size(Scorer):

@@ -15,16 +15,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from emu_lightning.curation.head import fit_head, write_head
 from emu_lightning.curation.scorer import Picture
 from emu_lightning.curation.scorers import (
     AestheticHead,
     Clip,
+    LearntHead,
     OffensiveHead,
     Probe,
     TimmConcept,
     ZeroShot,
 )
 from emu_lightning.curation.scorers.concept import parse_classes
+from emu_lightning.curation.scoring import all_scores, plan
 
 LENGTH, DIM = 12, 16
 MODEL = {
@@ -81,9 +84,18 @@ def started(scorer):
     return scorer
 
 
-def as_table(scorer, columns) -> pa.Table:
+def as_table(of, columns) -> pa.Table:
     """As the pass writes it: of the types that were promised."""
-    return pa.table({name: pa.array(columns[name], type_) for name, type_ in scorer.columns.items()})
+    return pa.table({name: pa.array(columns[name], type_) for name, type_ in of.columns.items()})
+
+
+def all_columns(clip, some: list[Picture]) -> pa.Table:
+    """Those of the started network, and those of its heads."""
+    table = own = as_table(clip, clip.score(some))
+    for head in clip.derived:
+        for name, column in zip(head.columns, as_table(head, head.derive(own)).columns, strict=True):
+            table = table.append_column(name, column)
+    return table
 
 
 def test_embeddings_and_scores_are_those_of_open_clip(folder, plain):
@@ -121,8 +133,8 @@ def test_scores_are_the_same_in_any_company(folder):
     heads = [ZeroShot({"food": ["food"], "animal": ["a dog", "a cat"]})]
     clip = started(Clip(str(folder), heads=heads, batch_size=8))
     many = pictures(20)
-    together = as_table(clip, clip.score(many))
-    alone = pa.concat_tables([as_table(clip, clip.score([picture])) for picture in many])
+    together = all_columns(clip, many)
+    alone = pa.concat_tables([all_columns(clip, [picture]) for picture in many])
     assert together.combine_chunks().equals(alone.combine_chunks())
 
 
@@ -161,16 +173,14 @@ def test_bfloat16_is_near(folder, plain):
 
 def test_fingerprints_follow_all_that_scores_depend_on(folder, tmp_path):
     concepts = {"food": ["food"], "animal": ["a dog"]}
-    base = Clip(str(folder), heads=[ZeroShot(concepts)])
-    assert base.fingerprint() == Clip(str(folder), heads=[ZeroShot(concepts)], batch_size=7).fingerprint()
-    others = [
-        Clip(str(folder)),
-        Clip(str(folder), heads=[ZeroShot(concepts | {"car": ["a car"]})]),
-        Clip(str(folder), heads=[ZeroShot(concepts)], precision="bf16"),
-    ]
+    base = Clip(str(folder))
+    same = Clip(str(folder), heads=[ZeroShot(concepts)], batch_size=7)
+    assert base.fingerprint() == same.fingerprint()  # heads have their own
+    assert ZeroShot(concepts).fingerprint() != ZeroShot(concepts | {"car": ["a car"]}).fingerprint()
+    others = [Clip(str(folder), precision="bf16")]
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    copy = Clip(str(tmp_path), heads=[ZeroShot(concepts)])
+    copy = Clip(str(tmp_path))
     assert copy.fingerprint() == base.fingerprint()  # wherever it lies
     (tmp_path / "open_clip_config.json").write_text(
         (folder / "open_clip_config.json").read_text().replace("0.5", "0.4")
@@ -188,14 +198,16 @@ def test_weights_are_named_with_their_hashes(folder, classifier, tmp_path):
         head: Path(head),
         str(classifier): classifier / "model.safetensors",
     }
-    named = Clip(str(folder), heads=[AestheticHead(head), Probe("text", ["text"], ["none"])]).weights_sha256()
-    named |= TimmConcept(str(classifier), {"food": "0"}).weights_sha256()
+    clip = Clip(str(folder), heads=[AestheticHead(head), Probe("text", ["text"], ["none"])])
+    written = all_scores([clip, TimmConcept(str(classifier), {"food": "0"})])
+    every = [scores for own, derived in written.items() for scores in (own, *derived)]
+    named = {name: digest for scores in every for name, digest in scores.weights.items()}
     assert named == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def test_a_scorer_travels_before_it_is_started(folder):
     clip = pickle.loads(pickle.dumps(Clip(str(folder), heads=[ZeroShot({"a": ["x"], "b": ["y"]})])))
-    assert len(started(clip).score(pictures(2))["concept"]) == 2
+    assert len(all_columns(started(clip), pictures(2))["concept"]) == 2
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):
@@ -212,8 +224,8 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
         Clip(file, model="ViT-B-16-SigLIP").start()
     with pytest.raises(FileNotFoundError, match="open_clip_config.json"):
         Clip(str(tmp_path)).start()
-    with pytest.raises(ValueError, match="write the column concept"):
-        Clip(str(folder), heads=[ZeroShot({"a": ["x"], "b": ["y"]})] * 2)
+    with pytest.raises(ValueError, match="the column concept"):
+        plan(tmp_path, [], [Clip(str(folder), heads=[ZeroShot({"a": ["x"], "b": ["y"]})] * 2)])
 
 
 # --- heads --------------------------------------------------------------------------------------------------
@@ -233,7 +245,7 @@ def test_concepts_are_those_of_open_clips_classifier(folder, plain):
     names, templates = ["dog", "red car", "pasta"], ["a photo of a {}.", "{} at night"]
     concepts = {name: [template.format(name) for template in templates] for name in names}
     clip = started(Clip(str(folder), heads=[ZeroShot(concepts)]))
-    columns = clip.score(pictures())
+    columns = all_columns(clip, pictures()).to_pydict()
     classifier = open_clip.build_zero_shot_classifier(network, tokenizer, names, templates)
     shares = (100 * torch.tensor(embed(plain, pictures())) @ classifier).softmax(1)
     assert columns["concept"] == [names[n] for n in shares.argmax(1)]
@@ -245,9 +257,10 @@ def test_a_probe_is_the_probability_of_one_of_two(folder, plain):
     either = started(
         Clip(str(folder), heads=[ZeroShot({"y": ["a watermark", "text"], "n": ["a photo"]}, "overlay")])
     )
-    made, answers = clip.score(pictures())["overlay"], either.score(pictures())
+    made = all_columns(clip, pictures()).to_pydict()["overlay"]
+    answers = all_columns(either, pictures()).to_pydict()
     for share, answer, best in zip(made, answers["overlay"], answers["overlay_probability"], strict=True):
-        assert share == pytest.approx(best if answer == "y" else 1 - best)
+        assert share == pytest.approx(best if answer == "y" else 1 - best, abs=1e-6)
 
 
 class MLP(nn.Module):
@@ -270,7 +283,7 @@ def test_aesthetic_scores_are_laions(network, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     (torch.save if suffix == ".pth" else save_file)(network.state_dict(), path)
     head = AestheticHead(str(path))
-    head.start(no_texts, DIM)
+    head.start(no_texts, DIM, "clip")
     with torch.no_grad():
         expected = network.eval()(torch.tensor(unit()))[:, 0]
     np.testing.assert_allclose(head.score(unit())["aesthetic"], expected, atol=1e-5)
@@ -279,7 +292,7 @@ def test_aesthetic_scores_are_laions(network, suffix, tmp_path):
 def test_an_aesthetic_score_out_of_range_is_an_error(tmp_path):
     save_file({"weight": torch.full((1, DIM), 50.0), "bias": torch.zeros(1)}, tmp_path / "w.safetensors")
     head = AestheticHead(str(tmp_path / "w.safetensors"))
-    head.start(no_texts, DIM)
+    head.start(no_texts, DIM, "clip")
     with pytest.raises(ValueError, match="belongs to another CLIP"):
         head.score(unit())
 
@@ -307,7 +320,7 @@ def test_offensive_scores_are_laions(tmp_path):
     network = NSFW(DIM)
     save_file(network.state_dict(), tmp_path / "nsfw.safetensors")
     head = OffensiveHead(str(tmp_path / "nsfw.safetensors"))
-    head.start(no_texts, DIM)
+    head.start(no_texts, DIM, "clip")
     with torch.no_grad():
         expected = network(torch.tensor(unit()))[:, 0]
     np.testing.assert_allclose(head.score(unit())["offensive"], expected, atol=1e-5)
@@ -318,16 +331,32 @@ def test_heads_for_other_embeddings_are_refused(head, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({**NSFW(24).state_dict(), **{"a.weight": torch.ones(1, 24), "a.bias": torch.ones(1)}}, path)
     with pytest.raises(ValueError, match="embeddings of 16 numbers"):
-        head(str(path)).start(no_texts, DIM)
+        head(str(path)).start(no_texts, DIM, "clip")
     path.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="no tensors that can be read"):
-        head(str(path)).start(no_texts, DIM)
+        head(str(path)).start(no_texts, DIM, "clip")
 
 
 def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path):
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(Path("x"), protocol=2))
     with pytest.raises(ValueError, match="no tensors that can be read"):
-        AestheticHead(str(tmp_path / "weights.pth")).start(no_texts, DIM)
+        AestheticHead(str(tmp_path / "weights.pth")).start(no_texts, DIM, "clip")
+
+
+def test_a_learnt_head_gives_what_was_fitted_and_knows_its_clip(tmp_path):
+    path = tmp_path / "head.safetensors"
+    labels = unit(200) @ unit(1, seed=1)[0] > 0
+    fitted = fit_head(unit(200).astype(np.float64), labels)
+    write_head(path, fitted, "clip")
+    head = LearntHead("liked", str(path))
+    head.start(no_texts, DIM, "clip")
+    logits = unit(9, seed=2) @ fitted.weight + fitted.bias
+    np.testing.assert_allclose(head.score(unit(9, seed=2))["liked"], 1 / (1 + np.exp(-logits)), rtol=1e-6)
+    with pytest.raises(ValueError, match="another CLIP"):
+        head.start(no_texts, DIM, "another")
+    save_file({"weight": torch.ones(1, DIM)}, path)
+    with pytest.raises(ValueError, match="no head that `emu head` wrote"):
+        head.start(no_texts, DIM, "clip")
 
 
 def test_zero_shot_needs_a_choice():

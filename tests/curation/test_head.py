@@ -27,6 +27,18 @@ def test_true_and_false_are_told_apart_on_pictures_not_seen() -> None:
     assert found.score > 0.98
 
 
+def test_probabilities_are_probabilities() -> None:
+    """Of fresh pictures that are said to be true with 70 to 90 percent, about so many are."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.standard_normal((6000, 4))
+    p = 1 / (1 + np.exp(-embeddings @ np.array([1.5, -1.0, 0.5, 0.0])))
+    truth = rng.random(6000) < p
+    says = fit_head(embeddings[:2000], truth[:2000])(embeddings[2000:])
+    assert np.abs(says - p[2000:]).max() < 0.1
+    some = (says > 0.7) & (says < 0.9)
+    assert np.mean(truth[2000:][some]) == pytest.approx(says[some].mean(), abs=0.04)
+
+
 def test_numbers_are_found_and_noise_is_not() -> None:
     embeddings, truth = planted()
     found = fit_head(embeddings, truth)

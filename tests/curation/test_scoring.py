@@ -12,7 +12,7 @@ import pytest
 
 from emu_lightning.curation import scoring
 from emu_lightning.curation.engine import Daft, Processes
-from emu_lightning.curation.scoring import READ, Scores, ScoreShard, plan
+from emu_lightning.curation.scoring import READ, Scores, ScoreShard, all_scores, plan
 from tests.curation.planted import Deadly, Here, Mean, Size, encoded, ingest, pixels, run_pass, write_pictures
 
 
@@ -103,6 +103,28 @@ def test_a_late_pass_scores_what_is_named_and_later_the_rest(tmp_path, log):
     fresh = tmp_path / "fresh"
     run_pass(pool, fresh, [Size(), Mean(log)], Here())
     assert contents(run) == contents(fresh)
+
+
+def test_what_is_derived_of_scores_reads_no_picture(tmp_path, log):
+    pool, run = write_pictures(tmp_path / "pool", 10), tmp_path / "run"
+    (pool / "003.png").write_bytes(b"")
+    run_pass(pool, run, [Mean(log)], Here(), uids={"001.png", "003.png", "008.png"})
+    run_pass(pool, run, [Mean(log, factor=2)], Here(), uids={"001.png", "007.png"})
+    ((own, derived),) = all_scores([Mean(log, factor=2)]).items()
+    (times,) = derived
+    means = rows_of(own, run)
+    assert {uid: row["times"] for uid, row in rows_of(times, run).items()} == {
+        uid: 2 * means[uid]["mean"] for uid in ("001.png", "007.png")
+    }
+    run_pass(pool, run, [Mean(log, factor=2)], Here())
+    run_pass(pool, run, [Mean(log, factor=3)], Here())  # another: all that is known is enough
+    assert len(calls(log)) == 9 and set(calls(log).values()) == {1}
+    assert plan(run, ingest(pool, run), [Mean(log, factor=3)]) == []
+    fresh = tmp_path / "fresh"
+    run_pass(pool, fresh, [Mean(log, factor=2)], Processes(2))
+    assert contents(fresh).items() <= contents(run).items()
+    run_pass(pool, run, [Mean(log, version=2, factor=2)], Here())  # of other scores, other ones
+    assert len(list((run / "scores").glob("mean-times-*"))) == 3
 
 
 def test_a_missing_file_is_looked_for_again(tmp_path, log):

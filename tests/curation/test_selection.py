@@ -80,7 +80,7 @@ def scored_pool(folder: Path, rows: list[dict], rows_per_shard: int = 8) -> Scor
         [
             ScoreTable("read", folder / "read", FACTS, "1"),
             ScoreTable("scores", folder / "scores", SCORED | {"embedding": pa.list_(pa.float32())}, "2"),
-            ScoreTable("late", folder / "late", LATE, "3", is_late=True),
+            ScoreTable("late", folder / "late", LATE, "3", True, {"clip.safetensors": "ab12"}),
         ],
     )
 
@@ -135,6 +135,7 @@ def test_the_configuration_is_told_with_its_hash(tmp_path: Path) -> None:
     chosen = json.loads((tmp_path / "selection.json").read_text())
     assert chosen["uids"] == first.uids and chosen["num"] == len(first.uids)
     digest = told.pop("configuration_sha256")
+    assert told.pop("weights") == {"clip.safetensors": "ab12"}
     assert chosen["configuration"] == told and chosen["configuration_sha256"] == digest
     assert digest == hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     assert told["scores"] == {"read": "1", "scores": "2", "late": "3"}

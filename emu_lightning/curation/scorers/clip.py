@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from emu_lightning.curation.scorer import Columns, Picture, Scorer
+from emu_lightning.curation.head import read_head
+from emu_lightning.curation.scorer import Columns, Derived, Picture, Scorer
 from emu_lightning.curation.scorers.weights import find_in, find_weights, fingerprint, offline, sha256
 
 if TYPE_CHECKING:
@@ -27,26 +29,17 @@ CHECKPOINTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 AESTHETIC_RANGE = (-10.0, 20.0)  # LAION's answer is 1 to 10, rarely a little more
 
 
-class Head(ABC):
+class Head(Derived):
     """Columns that are a function of a picture's embedding."""
 
-    columns: Mapping[str, pa.DataType]
-
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Identity of all that its columns depend on besides the embedding."""
-
-    def weights_sha256(self) -> dict[str, str]:
-        """Of each file of weights, by the name that the configuration gives it."""
-        return {}
-
-    @abstractmethod
-    def start(self, embed_texts: EmbedTexts, dim: int) -> None:
+    def start(self, embed_texts: EmbedTexts, dim: int, made_by: str) -> None:
         """Loads what it needs.
 
         Args:
             embed_texts: gives T texts' embeddings (T, D).
             dim: D.
+            made_by: fingerprint of the CLIP.
 
         Raises:
             FileNotFoundError, ValueError: weights are missing, or made for other embeddings.
@@ -55,6 +48,15 @@ class Head(ABC):
     @abstractmethod
     def score(self, embeddings: Embeddings) -> Columns:
         """`columns` of B pictures."""
+
+    def derive(self, own: pa.Table) -> Columns:
+        return self.score(stored_embeddings(own))
+
+
+def stored_embeddings(own: pa.Table) -> Embeddings:
+    """Embeddings (B, D) of length 1 from what is stored of :class:`Clip`, in half precision."""
+    stored = own["clip_embedding"].combine_chunks()
+    return _normalised(stored.flatten().to_numpy().reshape(len(stored), -1).astype(np.float32))
 
 
 class AestheticHead(Head):
@@ -78,7 +80,7 @@ class AestheticHead(Head):
     def weights_sha256(self) -> dict[str, str]:
         return {self.weights: sha256(find_weights(self.weights))}
 
-    def start(self, embed_texts: EmbedTexts, dim: int) -> None:
+    def start(self, embed_texts: EmbedTexts, dim: int, made_by: str) -> None:
         state = _read_state(self.weights)
         names = sorted((name for name in state if name.endswith("weight")), key=_natural)
         matrix, bias = np.eye(dim), np.zeros(dim)
@@ -127,7 +129,7 @@ class OffensiveHead(Head):
     def weights_sha256(self) -> dict[str, str]:
         return {self.weights: sha256(find_weights(self.weights))}
 
-    def start(self, embed_texts: EmbedTexts, dim: int) -> None:
+    def start(self, embed_texts: EmbedTexts, dim: int, made_by: str) -> None:
         state = _read_state(self.weights)
         try:
             self._mean = state["norm.mean"].reshape(dim)
@@ -160,13 +162,13 @@ class ZeroShot(Head):
     def __init__(self, concepts: dict[str, list[str]], name: str = "concept", scale: float = 100.0) -> None:
         if len(concepts) < 2 or not all(concepts.values()):
             raise ValueError(f"zero-shot {name} needs two concepts or more, each with a prompt or more")
-        self.concepts, self.name, self.scale = concepts, name, scale
+        self.concepts, self.scale = concepts, scale
         self.columns = {name: pa.string(), f"{name}_probability": pa.float32()}
 
     def fingerprint(self) -> str:
         return fingerprint("zero-shot 1", [*self.concepts.items()], self.name, self.scale)
 
-    def start(self, embed_texts: EmbedTexts, dim: int) -> None:
+    def start(self, embed_texts: EmbedTexts, dim: int, made_by: str) -> None:
         means = [_normalised(embed_texts(prompts).mean(axis=0)) for prompts in self.concepts.values()]
         self._names, self._concepts = list(self.concepts), np.stack(means)
 
@@ -194,14 +196,14 @@ class Probe(Head):
     """
 
     def __init__(self, name: str, prompts: list[str], others: list[str], scale: float = 100.0) -> None:
-        self.name, self._either = name, ZeroShot({"yes": prompts, "no": others}, name, scale)
+        self._either = ZeroShot({"yes": prompts, "no": others}, name, scale)
         self.columns = {name: pa.float32()}
 
     def fingerprint(self) -> str:
         return fingerprint("probe 1", self._either.fingerprint())
 
-    def start(self, embed_texts: EmbedTexts, dim: int) -> None:
-        self._either.start(embed_texts, dim)
+    def start(self, embed_texts: EmbedTexts, dim: int, made_by: str) -> None:
+        self._either.start(embed_texts, dim, made_by)
 
     def score(self, embeddings: Embeddings) -> Columns:
         answers = self._either.score(embeddings)
@@ -209,15 +211,48 @@ class Probe(Head):
         return {self.name: [share if answer == "yes" else 1 - share for answer, share in pairs]}
 
 
+class LearntHead(Head):
+    """What people's labels taught about embeddings: see :mod:`emu_lightning.curation.head`, and `emu head`.
+
+    Column `NAME`: the probability, in [0, 1], of what was labelled true; or the number that was labelled.
+
+    Args:
+        name: of the column.
+        weights: the file that `emu head` wrote.
+    """
+
+    def __init__(self, name: str, weights: str) -> None:
+        self.weights, self.columns = weights, {name: pa.float32()}
+
+    def fingerprint(self) -> str:
+        return fingerprint("learnt 1", self.name, *self.weights_sha256().values())
+
+    def weights_sha256(self) -> dict[str, str]:
+        return {self.weights: sha256(find_weights(self.weights))}
+
+    def start(self, embed_texts: EmbedTexts, dim: int, made_by: str) -> None:
+        path = find_weights(self.weights)
+        try:
+            self._head, clip = read_head(path)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is no head that `emu head` wrote: {error}") from None
+        if clip != made_by:
+            raise ValueError(f"{path} was learnt from another CLIP's embeddings: learn it anew by `emu head`")
+
+    def score(self, embeddings: Embeddings) -> Columns:
+        return {self.name: self._head(embeddings).tolist()}
+
+
 class Clip(Scorer):
     """A CLIP of open_clip, once for each picture; heads read its embedding.
 
     Columns:
-        clip_embedding: of the picture, length 1, in half precision. All others are computed from it as it is
-            stored here, lengthened to 1 again.
+        clip_embedding: of the picture, length 1, in half precision. `clip_score` and all heads' columns are
+            computed from it as it is stored here, lengthened to 1 again.
         clip_score: cosine with the caption's embedding; missing where there is no caption. Of a caption that
             the network does not read whole, the mean over parts that it does, weighted by their lengths.
-        those of the heads.
+
+    Heads' columns lie in files of their own: a head that is added or changed later passes no picture again.
 
     Args:
         weights: folder or hub id with `open_clip_config.json`, or a file of weights alone: safetensors, or a
@@ -230,7 +265,7 @@ class Clip(Scorer):
         device: where it runs; None is the GPU where there is one.
 
     Raises:
-        ValueError: a file without a model, or a folder with one; two heads have a column in common.
+        ValueError: a file without a model, or a folder with one.
     """
 
     def __init__(
@@ -242,18 +277,17 @@ class Clip(Scorer):
         precision: Literal["fp32", "fp16", "bf16"] = "fp32",
         device: str | None = None,
     ) -> None:
-        self.weights, self.model, self.heads = weights, model, list(heads)
+        self.weights, self.model, self.heads = weights, model, tuple(heads)
         self.batch_size, self.precision, self.device = batch_size, precision, device
-        names = ["clip_embedding", "clip_score", *(name for head in self.heads for name in head.columns)]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two heads of CLIP write the column {name}: name one of them otherwise")
         self._network: Any = None
 
     @property
+    def derived(self) -> Sequence[Derived]:  # type: ignore[override]
+        return self.heads
+
+    @property
     def columns(self) -> Mapping[str, pa.DataType]:  # type: ignore[override]  # its width is in the weights
-        own = {"clip_embedding": pa.list_(pa.float16(), self._dim()), "clip_score": pa.float32()}
-        return own | {name: type_ for head in self.heads for name, type_ in head.columns.items()}
+        return {"clip_embedding": pa.list_(pa.float16(), self._dim()), "clip_score": pa.float32()}
 
     def fingerprint(self) -> str:
         _, checkpoint = self._source()
@@ -262,13 +296,10 @@ class Clip(Scorer):
             suffixes = (".json", ".txt", ".model")
             files += sorted(path for path in checkpoint.parent.iterdir() if path.suffix in suffixes)
         digests = {path.name: sha256(path) for path in files}
-        heads = [head.fingerprint() for head in self.heads]
-        return fingerprint("clip 1", self.model, digests, self.precision, heads)
+        return fingerprint("clip 2", self.model, digests, self.precision)
 
     def weights_sha256(self) -> dict[str, str]:
-        """Of each file of weights, its own and its heads', by the name that the configuration gives it."""
-        own = {self.weights: sha256(self._source()[1])}
-        return own | {name: digest for head in self.heads for name, digest in head.weights_sha256().items()}
+        return {self.weights: sha256(self._source()[1])}
 
     def start(self) -> None:
         import open_clip
@@ -301,7 +332,7 @@ class Clip(Scorer):
         self._dtype = open_clip.get_input_dtype(self.precision)
         self._transform = image_transform_v2(PreprocessCfg(**network.visual.preprocess_cfg), is_train=False)
         for head in self.heads:
-            head.start(self._embed_texts, self._dim())
+            head.start(self._embed_texts, self._dim(), self.fingerprint())
 
     def score(self, pictures: Sequence[Picture]) -> Columns:
         import torch
@@ -309,13 +340,8 @@ class Clip(Scorer):
         pixels = torch.stack([self._transform(picture.image) for picture in pictures])
         stored = self._embed(self._network.encode_image, pixels.to(self._dtype)).astype(np.float16)
         embeddings = _normalised(stored.astype(np.float32))
-        columns: dict[str, Sequence[Any]] = {
-            "clip_embedding": list(stored),
-            "clip_score": self._clip_scores(embeddings, [picture.row.get("caption") for picture in pictures]),
-        }
-        for head in self.heads:
-            columns |= head.score(embeddings)
-        return columns
+        captions = [picture.row.get("caption") for picture in pictures]
+        return {"clip_embedding": list(stored), "clip_score": self._clip_scores(embeddings, captions)}
 
     def _clip_scores(self, embeddings: Embeddings, captions: Sequence[str | None]) -> list[float | None]:
         parts = [self._parts(caption) for caption in captions]
