@@ -28,6 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from emu_lightning.files import SUFFIXES, UNREAD, unread_pictures
+
 FIELDS = {  # of what people and sites say about a picture; others keep the type that they come with
     "source": pa.string(),
     "licence": pa.string(),
@@ -146,8 +148,6 @@ class Folder(Pool):
         self.fields = {name: name for name in FIELDS} | dict(fields or {})
 
     def table(self) -> pa.Table:
-        from emu_lightning.data.folder import SUFFIXES, UNREAD, unread_pictures
-
         if not self.path.is_dir():
             raise FileNotFoundError(f"folder {self.path} does not exist")
         files = dict(_files(self.path))
@@ -276,7 +276,6 @@ class Shards(Pool):
         Raises:
             ValueError: the tar is damaged.
         """
-        from emu_lightning.data.folder import SUFFIXES
         from emu_lightning.data.shards import read_members, sample_key
 
         def content(member: Any) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -15,11 +15,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from emu_lightning.data.held_out import HeldOutData
 from emu_lightning.data.source import BrokenImage, Sample, Source
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-UNREAD = frozenset(  # pictures too, but Pillow needs more than itself for them
-    {".heic", ".heif", ".avif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2"}
-)
+from emu_lightning.files import SUFFIXES, unread_pictures
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -85,13 +81,6 @@ def read_size(file: Path | BinaryIO, name: str) -> tuple[int, int]:
 def _broken(name: str, error: Exception) -> BrokenImage:
     reason = str(error).partition(" <")[0]  # without the address in memory of an open file
     return BrokenImage(name, f"{type(error).__name__}: {reason}")
-
-
-def unread_pictures(names: Iterable[str]) -> list[str]:
-    """Those of `names` that are pictures but cannot be read, such as HEIC, without a readable one beside."""
-    paths = [PurePosixPath(name) for name in names]
-    read = {path.with_suffix("") for path in paths if path.suffix.lower() in SUFFIXES}
-    return [str(path) for path in paths if path.suffix.lower() in UNREAD and path.with_suffix("") not in read]
 
 
 def warn_of_unread(names: Sequence[str], where: str) -> None:

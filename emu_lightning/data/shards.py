@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from emu_lightning.data.datamodule import ImageData
-from emu_lightning.data.folder import SUFFIXES, decode, read_size, unread_pictures, warn_of_unread
+from emu_lightning.data.folder import decode, read_size, warn_of_unread
 from emu_lightning.data.sampler import permutation
 from emu_lightning.data.source import BrokenImage, Sample, Source
 from emu_lightning.data.storage import (
@@ -42,7 +42,7 @@ from emu_lightning.data.storage import (
     lock_for,
     read_part,
 )
-from emu_lightning.files import write_whole
+from emu_lightning.files import SUFFIXES, unread_pictures, write_whole
 
 FORMAT = 1  # of the index
 UNREAD = b"unread"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -117,6 +119,24 @@ def test_decisions_about_another_pool_are_refused_and_some_of_them_told(run, cap
     )
     pq.write_table(pa.Table.from_pylist([{"uid": "x", "accepted": True}]), "people.parquet")
     assert "has no picture of the pool: x" in refusal(capsys, run, "--decisions", "people.parquet")
+
+
+def test_curating_a_folder_without_a_network_loads_neither_torch_nor_lightning(in_tmp_path: Path) -> None:
+    write_pictures(Path("pictures"), 3)
+    argv = [
+        "curate",
+        "--pool",
+        "emu_lightning.curation.ingest.Folder",
+        "--pool.path",
+        "pictures",
+        "--out",
+        "run",
+    ]
+    argv += ["--passes", '[{"scorers": ["emu_lightning.curation.scorers.Photometry"]}]']
+    argv += ["--engine", "emu_lightning.curation.engine.Processes"]
+    code = f"from emu_lightning import cli; cli.main({argv!r}); import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "lightning"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
-from emu_lightning.curation.head import read_head
 from emu_lightning.curation.scorer import Columns, Derived, Picture, Scorer
 from emu_lightning.curation.scorers.weights import find_in, find_weights, fingerprint, offline, sha256
 
@@ -231,6 +229,10 @@ class LearntHead(Head):
         return {self.weights: sha256(find_weights(self.weights))}
 
     def start(self, embed_texts: EmbedTexts, dim: int, made_by: str) -> None:
+        from safetensors import SafetensorError
+
+        from emu_lightning.curation.head import read_head
+
         path = find_weights(self.weights)
         try:
             self._head, clip = read_head(path)
