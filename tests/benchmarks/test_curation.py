@@ -42,7 +42,7 @@ def test_each_filter_is_measured_on_what_the_ones_before_left() -> None:
 
 
 def test_a_pass_is_timed_against_bare_decoding(tmp_path: Path) -> None:
-    found = curation.cheap_scorers(tmp_path, num=3, rounds=2)
+    found = curation.cheap_scorers(tmp_path, num=3, rounds=2, width=64, height=48)
     assert len(found["ratios"]) == 2 and 0 < found["ratio"] < 1.5
     (scores,) = (tmp_path / "cheap" / "scores").glob("photometry-*/*.parquet")
     assert scores.is_file()
