@@ -5,8 +5,9 @@
 filters      a pool with planted defects through configs/curation/miniature.yaml: precision and recall of each
              filter, and how many of the photogenic pictures are selected
 throughput   one core against bare decoding (cheap scorers; the figure is that of photographs of 3 megapixels)
-             and against a bare loop of the model (Clip), which take turns in one process; and `emu curate` against a plain multiprocessing script, both from
-             start to end. All in processor seconds, so that other work on the machine hardly matters
+             and against a bare loop of the model (Clip), which take turns in one process; and `emu curate`
+             against a plain multiprocessing script, both from start to end. All in processor seconds, so
+             that other work on the machine hardly matters
 million_rows benchmarks/curation_selection.py
 runners      the same pool by plain processes, Daft's native runner and its Ray runner: equal bytes?
 kill         `emu curate` and all its processes killed at random moments, then run to the end: equal bytes?
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -199,8 +201,8 @@ def cheap_scorers(folder: Path, num: int, rounds: int, width: int, height: int) 
 
     def decode() -> None:
         for path in paths:
-            with Image.open(path) as image:
-                image.convert("RGB")
+            with Image.open(io.BytesIO(path.read_bytes())) as image:
+                image.load()
 
     return compare(decode, one_pass(pool, folder / "cheap", [Photometry(), Hashes()]), num, rounds)
 
