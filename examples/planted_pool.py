@@ -25,17 +25,22 @@ from examples.photographs import write_photographs
 LABELS = ("offensive", "photogenic")
 
 
-def write_pool(folder: Path, num: int, seed: int) -> None:
-    """Writes `pool`, `truth.parquet` and `labels.parquet` into `folder`."""
+def write_pool(folder: Path, num: int, seed: int, tens: int = 1) -> None:
+    """Writes `pool`, `truth.parquet` and `labels.parquet` into `folder`.
+
+    Args:
+        folder: made where it is missing.
+        num, seed: see :func:`write_planted_pool`.
+        tens: how often ten crops of each photograph are taken.
+    """
     with tempfile.TemporaryDirectory() as photographs:
         try:
             paths = write_photographs(photographs)
         except ModuleNotFoundError:
             print("without photographs, which scikit-image carries: pip install scikit-image")
             paths = []
-        truth = pq.read_table(
-            write_planted_pool(folder / "pool", num, seed, [Image.open(path) for path in paths])
-        )
+        photographs = [Image.open(path) for path in paths] * tens
+        truth = pq.read_table(write_planted_pool(folder / "pool", num, seed, photographs))
     labels = truth.select(["uid"])
     for label in LABELS:
         labels = labels.append_column(label, pc.equal(truth["planted"], label))
@@ -47,10 +52,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, help="made where it is missing")
-    parser.add_argument("--num", type=int, default=1200, help="pictures of the world")
+    parser.add_argument("--num", type=int, default=900, help="pictures of the world")
+    parser.add_argument("--tens", type=int, default=1, help="of crops of each photograph")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    write_pool(arguments.folder, arguments.num, arguments.seed)
+    write_pool(arguments.folder, arguments.num, arguments.seed, arguments.tens)
     print(f"emu curate --config configs/curation/miniature.yaml --pool.path {arguments.folder}/pool")
 
 
