@@ -16,6 +16,7 @@ from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,8 @@ def _print(selection: Selection, run: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if find_spec("duckdb") is None:
+        raise ValueError("curation needs further packages: pip install 'emu_lightning[curation]'")
     parser = ArgumentParser(prog="emu curate", **PARSER_SETTINGS)
     parser.add_argument("--config", action="config", help="Path to a configuration file.")
     given: set[str | int] = {"settings", "command"}

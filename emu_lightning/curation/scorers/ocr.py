@@ -162,7 +162,7 @@ def _model(name: str | None, names: Sequence[str]) -> Path:
     if name is None:
         package = find_spec("rapidocr")
         if package is None or package.origin is None:
-            raise ModuleNotFoundError("OCR needs RapidOCR: pip install 'emu_lightning[curation]'")
+            raise ValueError("OCR needs RapidOCR: pip install 'emu_lightning[curation]'")
         return find_in(Path(package.origin).parent / "models", names)
     path = find_weights(name)
     return path if path.is_file() else find_in(path, sorted(p.name for p in path.glob("*.onnx")) or names)
