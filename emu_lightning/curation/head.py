@@ -137,7 +137,7 @@ def _logistic(x: Array, y: Array, penalty: float) -> tuple[Array, float]:
     def objective(parameters: Array) -> tuple[float, Array]:
         weight, logits = parameters[:-1], x @ parameters[:-1] + parameters[-1]
         error = (expit(logits) - y) / len(y)
-        loss = _cross_entropy(logits, y) + penalty / 2 * weight @ weight
+        loss = _cross_entropy(logits, y) + penalty / 2 * float(weight @ weight)
         return loss, np.append(x.T @ error + penalty * weight, error.sum())
 
     found = minimize(objective, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x

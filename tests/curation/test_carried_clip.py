@@ -61,7 +61,7 @@ def test_captions_and_subjects_of_combinations_that_training_does_not_draw(clip)
 
 
 def test_heads_find_what_they_were_taught(clip, tmp_path: Path) -> None:
-    truth = pq.read_table(write_planted_pool(tmp_path / "pool", 300, seed=4)).to_pylist()
+    truth = pq.read_table(write_planted_pool(tmp_path / "pool", 200, seed=4)).to_pylist()
     whole = [row for row in truth if row["planted"] != "corrupt"]
     images = [Image.open(tmp_path / "pool" / row["uid"]).convert("RGB") for row in whole]
     columns = scored(clip, [Picture(b"", image, {"caption": None}) for image in images])
