@@ -327,7 +327,7 @@ def digest(run: Path) -> str:
 
 
 def runners(folder: Path, num: int) -> dict[str, Any]:
-    write_planted(folder / "runners", num, seed=2)
+    write_planted(folder / "runners", num, seed=2, tens=0)
     pool = folder / "runners" / "pool"
     engine = "--engine emu_lightning.curation.engine."
     engines = {
@@ -344,29 +344,28 @@ def runners(folder: Path, num: int) -> dict[str, Any]:
 
 def kill(folder: Path, num: int, runs: int) -> dict[str, Any]:
     """Each run is killed until it has been three times, or has come to its end."""
-    write_planted(folder / "kill", num, seed=3)
+    write_planted(folder / "kill", num, seed=3, tens=0)
     pool, rng = folder / "kill" / "pool", random.Random(0)
-    curate(pool, folder / "whole_run", "--rows_per_shard", "20")
     begun = time.monotonic()
-    curate(pool, folder / "timed", "--rows_per_shard", "20")
+    curate(pool, folder / "whole_run", "--rows_per_shard", "10")
     seconds, identical, kills = time.monotonic() - begun, 0, 0
     for number in range(runs):
         out = folder / f"killed_{number}"
         command = [*EMU, "curate", "--config", CONFIG, "--pool.path", str(pool), "--out", str(out)]
         for _ in range(3):
             process = subprocess.Popen(
-                [*command, "--rows_per_shard", "20"],
+                [*command, "--rows_per_shard", "10"],
                 start_new_session=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
             try:
-                process.wait(rng.uniform(0.1, 0.9) * seconds)
+                process.wait(rng.uniform(0.05, 0.5) * seconds)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 kills += 1
-        curate(pool, out, "--rows_per_shard", "20")
+        curate(pool, out, "--rows_per_shard", "10")
         identical += digest(out) == digest(folder / "whole_run")
     return {"kill": {"runs": runs, "kills": kills, "identical": identical}}
 
@@ -383,8 +382,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "filters": lambda folder, scale: filters(folder, round(900 * scale)),
         "throughput": throughput,
         "million_rows": lambda folder, scale: million_rows(folder),
-        "runners": lambda folder, scale: runners(folder, round(200 * scale)),
-        "kill": lambda folder, scale: kill(folder, round(120 * scale), max(1, round(5 * scale))),
+        "runners": lambda folder, scale: runners(folder, round(100 * scale)),
+        "kill": lambda folder, scale: kill(folder, round(60 * scale), max(1, round(5 * scale))),
         "fuzz": lambda folder, scale: {"fuzz": fuzz(round(1000 * scale), 0, 2)},
     }
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="all when left out")
