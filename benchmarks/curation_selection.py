@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import shlex
 import sys
 import tempfile
@@ -101,6 +101,12 @@ def read_scores(folder: Path) -> ScoredPool:
     return ScoredPool(sorted((folder / "pool").iterdir()), scores)
 
 
+def peak_memory_gb() -> float:
+    """Of this process since its program began; `ru_maxrss` would count who started it, too. Linux only."""
+    (line,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024 / 1e9
+
+
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints, writes `<out>/results.json`, and returns what is in it."""
     as_written = argparse.RawDescriptionHelpFormatter
@@ -124,7 +130,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         selection = read_scores(scores).select(FILTERS, balance, folder)
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
         manifest_mb = Path(folder, "manifest.parquet").stat().st_size / 1e6
-    gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    gb = peak_memory_gb()
     results = {
         "command": shlex.join(["python", "benchmarks/curation_selection.py", *argv]),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",

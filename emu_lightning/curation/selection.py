@@ -11,7 +11,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -49,6 +51,7 @@ COLUMNS = {  # those of emu_lightning.data.manifest, whose import would bring to
 FIRST = (*COLUMNS, "caption", "source", "licence")  # the manifest's columns in front, those that are there
 READ = ("width", "error")  # of the read step; without a width, or with an error, there is no picture
 UNIQUE = ("uid", "uri", "sha256", "caption", "edited_caption", "error_detail")
+NUM_READERS = 4  # threads that read scores
 ROWS_PER_GROUP = 100_000  # of the manifest's Parquet file
 RESULT = {"rank": pa.float64(), "selected": pa.bool_(), "rejected_by": pa.large_string()}
 METADATA = "emu_curation"  # key of the manifest's schema metadata: the configuration, as JSON
@@ -303,41 +306,45 @@ class ScoredPool:
         return [name for name in self.columns.names if name in named]
 
     @cached_property
-    def _uids(self) -> list[pa.ChunkedArray]:
-        """Of each shard."""
-        return [_read(path, ["uid"])["uid"] for path in self._shards]
-
-    @cached_property
     def _whole(self) -> dict[str, pa.Table]:
         """Scores that lie in one table, in the order of the pool."""
-        uids = pa.chunked_array([chunk for uids in self._uids for chunk in uids.chunks])
-        return {
-            one.name: _aligned(one.rows, uids, _scalars(one.columns))
-            for one in self._scores
-            if isinstance(one.rows, pa.Table)
-        }
+        tables = {one.name: one for one in self._scores if isinstance(one.rows, pa.Table)}
+        if not tables:
+            return {}
+        uids = pa.concat_tables([_read(path, ["uid"]) for path in self._shards])["uid"]
+        return {name: _aligned(one.rows, uids, _scalars(one.columns)) for name, one in tables.items()}
 
     def _parts(self, columns: Collection[str]) -> Iterator[pa.Table]:
-        """Some columns of each shard."""
-        start = 0
-        for path in self._shards:
-            told = {name: type_ for name, type_ in self._told.items() if name in columns}
-            part = _aligned(_read(path, told), None, told)
-            uids, num = part["uid"], len(part)
-            for one in self._scores:
-                wanted = {name: type_ for name, type_ in _scalars(one.columns).items() if name in columns}
-                if not wanted:
-                    continue
-                if isinstance(one.rows, pa.Table):
-                    scored = self._whole[one.name].slice(start, num).select(list(wanted))
-                elif (file := one.rows / path.name).is_file():
-                    scored = _aligned(_read(file, ["uid", *wanted]), uids, wanted)
-                else:  # all of its pictures were rejected before
-                    scored = pa.table({name: pa.nulls(num, type_) for name, type_ in wanted.items()})
-                for name in wanted:
-                    part = part.append_column(name, _without_nan(scored[name]))
-            start += num
-            yield part
+        """Some columns of each shard; threads read ahead."""
+        _ = self._whole  # before threads ask for it
+        start, ahead = 0, deque[Future[pa.Table]]()
+        with ThreadPoolExecutor(NUM_READERS) as threads:
+            for path in self._shards:
+                ahead.append(threads.submit(self._part, path, start, columns))
+                start += pq.read_metadata(path).num_rows
+                if len(ahead) > 2 * NUM_READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _part(self, path: Path, start: int, columns: Collection[str]) -> pa.Table:
+        """Some columns of one shard, whose first row is the pool's number `start`."""
+        told = {name: type_ for name, type_ in self._told.items() if name in columns}
+        part = _aligned(_read(path, told), None, told)
+        uids, num = part["uid"], len(part)
+        for one in self._scores:
+            wanted = {name: type_ for name, type_ in _scalars(one.columns).items() if name in columns}
+            if not wanted:
+                continue
+            if isinstance(one.rows, pa.Table):
+                scored = self._whole[one.name].slice(start, num).select(list(wanted))
+            elif (file := one.rows / path.name).is_file():
+                scored = _aligned(_read(file, ["uid", *wanted]), uids, wanted)
+            else:  # all of its pictures were rejected before
+                scored = pa.table({name: pa.nulls(num, type_) for name, type_ in wanted.items()})
+            for name in wanted:
+                part = part.append_column(name, _without_nan(scored[name]))
+        return part
 
     def _write_manifest(
         self, path: Path, verdicts: pa.Table, filters: Filters, metadata: Mapping[str, str]
@@ -383,7 +390,7 @@ def _connect() -> duckdb.DuckDBPyConnection:
 
 def _read(path: Path, columns: Iterable[str]) -> pa.Table:
     with pq.ParquetFile(path) as file:
-        return file.read(columns=list(columns))
+        return file.read(columns=list(columns), use_threads=False)  # there is a thread for each file
 
 
 def _aligned(table: pa.Table, uids: pa.ChunkedArray | None, types: Mapping[str, pa.DataType]) -> pa.Table:
