@@ -13,7 +13,7 @@ runners      the same pool by plain processes, Daft's native runner and its Ray 
 kill         `emu curate` and all its processes killed at random moments, then run to the end: equal bytes?
 fuzz         benchmarks/curation_fuzz.py
 
-`--parts` measures some and keeps the others' figures. About twenty minutes on two cores.
+`--parts` measures some and keeps the others' figures. About half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -67,18 +67,15 @@ PLANTED = {  # filter -> what it is there for
 }
 
 
-def emu(*argv: str | Path, **environment: str) -> list[str]:
-    """Runs `emu` to its end, and returns what it printed."""
-    done = subprocess.run(
-        [*EMU, *map(str, argv)], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+def curate_command(pool: Path, out: Path, *more: str) -> list[str]:
+    return [*EMU, "curate", "--config", CONFIG, "--pool.path", str(pool), "--out", str(out), *more]
+
+
+def curate(pool: Path, out: Path, *more: str) -> None:
+    """Runs `emu curate` to its end."""
+    done = subprocess.run(curate_command(pool, out, *more), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"emu {shlex.join(map(str, argv))}: {done.stderr[-2000:]}")
-    return done.stdout.splitlines()
-
-
-def curate(pool: Path, out: Path, *more: str) -> list[str]:
-    return emu("curate", "--config", CONFIG, "--pool.path", pool, "--out", out, *more)
+        raise RuntimeError(f"{shlex.join(done.args)}: {done.stderr[-2000:]}")
 
 
 # --- against the truth --------------------------------------------------------------------------------------
@@ -316,7 +313,8 @@ def million_rows(folder: Path) -> dict[str, Any]:
     script = ROOT / "benchmarks" / "curation_selection.py"
     out = folder / "million"
     subprocess.run([sys.executable, script, "--out", out], check=True, capture_output=True, cwd=ROOT)
-    return {"million_rows": json.loads((out / "results.json").read_text())}
+    found = json.loads((out / "results.json").read_text())
+    return {"million_rows": found | {"command": "python benchmarks/curation_selection.py"}}
 
 
 # --- against one another ------------------------------------------------------------------------------------
@@ -331,19 +329,19 @@ def runners(folder: Path, num: int) -> dict[str, Any]:
     pool = folder / "runners" / "pool"
     engine = "--engine emu_lightning.curation.engine."
     engines = {
-        "processes": [f"{engine}Processes".split()],
-        "native": [f"{engine}Daft".split()],
-        "ray": [f"{engine}Daft".split(), ["--engine.runner", "ray", "--engine.num_workers", "2"]],
+        "processes": f"{engine}Processes",
+        "native": f"{engine}Daft",
+        "ray": f"{engine}Daft --engine.runner ray --engine.num_workers 2",
     }
     digests = {}
     for name, arguments in engines.items():
-        curate(pool, folder / name, *(part for each in arguments for part in each))
+        curate(pool, folder / name, *arguments.split())
         digests[name] = digest(folder / name)
     return {"runners_digest_equal": len(set(digests.values())) == 1, "runners": digests}
 
 
 def kill(folder: Path, num: int, runs: int) -> dict[str, Any]:
-    """Each run is killed until it has been three times, or has come to its end."""
+    """Each run is started three times to be killed at a random moment, and then goes on to its end."""
     write_planted(folder / "kill", num, seed=3, tens=0)
     pool, rng = folder / "kill" / "pool", random.Random(0)
     begun = time.monotonic()
@@ -351,10 +349,9 @@ def kill(folder: Path, num: int, runs: int) -> dict[str, Any]:
     seconds, identical, kills = time.monotonic() - begun, 0, 0
     for number in range(runs):
         out = folder / f"killed_{number}"
-        command = [*EMU, "curate", "--config", CONFIG, "--pool.path", str(pool), "--out", str(out)]
         for _ in range(3):
             process = subprocess.Popen(
-                [*command, "--rows_per_shard", "10"],
+                curate_command(pool, out, "--rows_per_shard", "10"),
                 start_new_session=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

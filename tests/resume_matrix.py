@@ -2,7 +2,7 @@
 
 A run is compared by what it learned, sample by sample: step, position, uid, noise and loss. On as many ranks
 as before all of that and the weights have to be equal bit by bit. On another number gradients are summed in
-another order, so losses and weights have to agree to 1e-6, the rest exactly.
+another order, so losses have to agree to 1e-6 of their size, weights to 1e-6, the rest exactly.
 """
 
 from __future__ import annotations

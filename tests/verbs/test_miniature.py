@@ -132,13 +132,20 @@ def test_a_shipped_recipe_s_options_are_its_configurations_own(name: str, capsys
         assert all(str(fill(value, Path("r"))) in resolved for value in stage.options.values())
 
 
+SLOW = pytest.mark.xfail(strict=True, reason="130 minutes, measured on a machine busy with other work")
+
+
+@pytest.mark.parametrize("name", ["latent", "pixel", pytest.param("masked", marks=SLOW)])
+def test_a_shipped_base_took_at_most_ninety_minutes(name: str) -> None:
+    figures = json.loads((miniature_path(name) / "figures.json").read_text())
+    assert sum(figures["seconds"].values()) <= 90 * 60
+
+
 @pytest.mark.parametrize("name", [name for name in SHIPPED if miniature_path(name).is_dir()])
 def test_a_shipped_base_is_what_its_recipe_says(name: str) -> None:
     folder, recipe = miniature_path(name), read_recipe(name)
     figures = json.loads((folder / "figures.json").read_text())
     assert list(figures["seconds"]) == list(recipe.stages)
-    limit = 90 if "busy" not in figures["machine"] else 180  # minutes; other work took its share of the cores
-    assert sum(figures["seconds"].values()) <= limit * 60
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 16e6
     assert (folder / "README.md").read_text() == miniature.model_card(recipe, figures)
     generator = load_generator(folder)
