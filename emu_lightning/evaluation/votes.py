@@ -28,6 +28,7 @@ Question = Literal["appeal", "faithfulness"]
 Answer = Literal["A", "B", "Tie", "Both", "Neither"]
 Label = Literal["A", "B", "Tie"]
 RaterKind = Literal["person", "model"]
+NoMajority = Literal["tie", "exclude", "extra_rater"]
 Interval = tuple[float, float]
 
 NUM_DRAWS = 10_000
@@ -41,8 +42,9 @@ _ANSWERS: dict[str, tuple[str, ...]] = {"appeal": get_args(Label), "faithfulness
 class Judgement:
     """One rater's answer to one question about the pictures of one prompt.
 
-    ``answer`` names the model (A or B), never the side of the screen it was shown on. Records are only ever
-    appended; where a rater answered the same thing again, the later record counts.
+    ``answer`` names the model (A or B), never the side of the screen it was shown on; ``left``
+    names the model shown on the left, where known. Records are only ever appended; where a rater answered the
+    same thing again, the later record counts.
     """
 
     prompt: str
@@ -50,6 +52,7 @@ class Judgement:
     answer: Answer
     rater: str
     rater_kind: RaterKind
+    left: Literal["A", "B"] | None = None
 
     def __post_init__(self) -> None:
         if self.question not in _ANSWERS:
@@ -61,6 +64,8 @@ class Judgement:
             )
         if self.rater_kind not in get_args(RaterKind):
             raise ValueError(f"rater_kind {self.rater_kind!r} is not known: use person or model")
+        if self.left not in ("A", "B", None):
+            raise ValueError(f"left is {self.left!r}: it names the model shown on the left, A or B, or null")
 
 
 def append_judgements(path: str | Path, judgements: Iterable[Judgement]) -> None:
@@ -114,52 +119,105 @@ def judge_pairs(score_a: ArrayLike, score_b: ArrayLike, margin: float) -> NDArra
     return np.where(difference > margin, "B", np.where(difference < -margin, "A", "Tie"))
 
 
-def votes_by_prompt(judgements: Iterable[Judgement], question: Question) -> dict[str, list[Label]]:
-    """The votes that count, per prompt: each rater's latest, Both and Neither as Tie.
+def latest_votes(judgements: Iterable[Judgement], question: Question) -> dict[tuple[str, str], Label]:
+    """The votes that count, by (prompt, rater): each rater's latest, Both and Neither as Tie.
 
     Raises:
         ValueError: people's and models' judgements are mixed.
     """
+    return {
+        key: cast(Label, "Tie" if judgement.answer in ("Both", "Neither") else judgement.answer)
+        for key, judgement in _latest(judgements, question).items()
+    }
+
+
+def _latest(judgements: Iterable[Judgement], question: Question) -> dict[tuple[str, str], Judgement]:
     latest = {(j.prompt, j.rater): j for j in judgements if j.question == question}
     if len({judgement.rater_kind for judgement in latest.values()}) > 1:
         raise ValueError("people's and models' judgements are never pooled: select one rater_kind first")
+    return latest
+
+
+def votes_by_prompt(judgements: Iterable[Judgement], question: Question) -> dict[str, list[Label]]:
+    """The labels of ``latest_votes``, per prompt."""
     votes: dict[str, list[Label]] = {}
-    for judgement in latest.values():
-        label = "Tie" if judgement.answer in ("Both", "Neither") else judgement.answer
-        votes.setdefault(judgement.prompt, []).append(cast(Label, label))
+    for (prompt, _), label in latest_votes(judgements, question).items():
+        votes.setdefault(prompt, []).append(label)
     return votes
 
 
 @dataclass(frozen=True)
 class Majority:
-    """One label per prompt, and the prompts on which no answer had more than half of the votes."""
+    """One label per prompt, and the prompts on which no answer had a majority.
+
+    ``needs_rater`` names the prompts that wait for one more rater, under the policy that asks for one.
+    """
 
     labels: dict[str, Label]
     no_majority: tuple[str, ...]
+    needs_rater: tuple[str, ...] = ()
 
 
 def majority_labels(
-    judgements: Iterable[Judgement], question: Question, no_majority: Literal["tie", "exclude"] = "tie"
+    judgements: Iterable[Judgement], question: Question, no_majority: NoMajority = "tie"
 ) -> Majority:
     """The answer that more than half of a prompt's raters gave.
 
     Args:
         judgements: records of one kind of rater; other questions are left aside.
         question: appeal or faithfulness.
-        no_majority: what a prompt without a majority (2-2-1) becomes: a tie, or nothing. The paper does not
-            say; either way the prompts are named in the result, to be counted or sent to one more rater.
+        no_majority: what a prompt without a majority (2-2-1) becomes; the paper does not say, and the result
+            always names these prompts. ``tie``: a tie. ``exclude``: nothing. ``extra_rater``: nothing yet; it
+            needs one more rater, whose vote breaks the tie: to lead alone with half of the votes (3-2-1) is
+            then enough, and at 2-2-2 it needs another.
     """
+    if no_majority not in get_args(NoMajority):
+        raise ValueError(
+            f"no_majority {no_majority!r} is not known: use one of {', '.join(get_args(NoMajority))}"
+        )
     labels: dict[str, Label] = {}
     undecided = []
     for prompt, votes in votes_by_prompt(judgements, question).items():
-        label, count = Counter(votes).most_common(1)[0]
-        if 2 * count > len(votes):
+        (label, count), *others = Counter(votes).most_common(2)
+        alone = all(other < count for _, other in others)
+        if 2 * count > len(votes) or (no_majority == "extra_rater" and 2 * count == len(votes) and alone):
             labels[prompt] = label
             continue
         undecided.append(prompt)
         if no_majority == "tie":
             labels[prompt] = "Tie"
-    return Majority(labels, tuple(undecided))
+    return Majority(labels, tuple(undecided), tuple(undecided) if no_majority == "extra_rater" else ())
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """How often the picture on the left was preferred, among the votes for A or B whose sides are known.
+
+    Attributes:
+        left: the share in [0, 1]; 0.5 without bias, where sides are drawn per rater and prompt.
+        ci95: Wilson's interval.
+        p: exact two-sided binomial test of 0.5.
+    """
+
+    left: float
+    ci95: Interval
+    p: float
+    num_votes: int
+
+
+def position_bias(judgements: Iterable[Judgement], question: Question) -> PositionBias | None:
+    """The bias of one kind of rater towards the left; None where no vote tells."""
+    signs = np.array(
+        [
+            1 if judgement.answer == judgement.left else -1
+            for judgement in _latest(judgements, question).values()
+            if judgement.left is not None and judgement.answer in ("A", "B")
+        ]
+    )
+    if not signs.size:
+        return None
+    share = float(np.mean(signs > 0))
+    return PositionBias(share, wilson_ci95(share, len(signs)), _sign_test(signs), len(signs))
 
 
 @dataclass(frozen=True)
@@ -173,6 +231,9 @@ class WinRate:
         win_minus_lose_bootstrap95: percentiles of 10,000 resamplings of the prompts, at a fixed seed.
         ties_excluded: W / (W + L), None where every label is a tie.
         sign_test_p: exact two-sided sign test (McNemar's exact) over prompts that are not even.
+        two_way_ci95: interval of ``win`` over new prompts and new raters, None without raters; holds for the
+            pool that the raters were drawn from, where ``ci95`` holds for these raters alone.
+        win_minus_lose_two_way95: the same of ``win_minus_lose``.
     """
 
     win: float
@@ -187,6 +248,8 @@ class WinRate:
     sign_test_p: float
     num_labels: int
     num_prompts: int
+    two_way_ci95: Interval | None = None
+    win_minus_lose_two_way95: Interval | None = None
 
     @property
     def win_rate(self) -> float:
@@ -206,6 +269,8 @@ class WinRate:
             "win_minus_lose_bootstrap95": list(self.win_minus_lose_bootstrap95),
             "win_rate_ties_excluded": self.ties_excluded,
             "win_rate_ties_excluded_ci95": self.ties_excluded_ci95 and list(self.ties_excluded_ci95),
+            "win_rate_two_way95": self.two_way_ci95 and list(self.two_way_ci95),
+            "win_minus_lose_two_way95": self.win_minus_lose_two_way95 and list(self.win_minus_lose_two_way95),
             "sign_test_p": self.sign_test_p,
             "num_labels": self.num_labels,
             "num_prompts": self.num_prompts,
@@ -213,7 +278,11 @@ class WinRate:
 
 
 def win_rate(
-    labels: Sequence[str] | NDArray[np.str_], *, of: Literal["A", "B"], prompts: Sequence[str] | None = None
+    labels: Sequence[str] | NDArray[np.str_],
+    *,
+    of: Literal["A", "B"],
+    prompts: Sequence[str] | None = None,
+    raters: Sequence[str] | None = None,
 ) -> WinRate:
     """How often model ``of`` wins.
 
@@ -222,6 +291,7 @@ def win_rate(
         of: the model whose wins are counted.
         prompts: the N prompts the labels belong to, where one prompt has several labels (several seeds, or
             single votes instead of majorities). Without it, every label is a prompt of its own.
+        raters: the N raters, where labels are single votes and the raters stand for a larger pool.
     """
     array = np.asarray(labels)
     if array.size == 0:
@@ -229,28 +299,44 @@ def win_rate(
     unknown = set(array.tolist()) - set(get_args(Label))
     if unknown:
         raise ValueError(f"label {sorted(unknown)[0]!r} is not known: use A, B or Tie")
-    if prompts is not None and len(prompts) != len(array):
-        raise ValueError(f"{len(array)} labels but {len(prompts)} prompts: give one prompt for each label")
+    for name, each in (("prompt", prompts), ("rater", raters)):
+        if each is not None and len(each) != len(array):
+            raise ValueError(f"{len(array)} labels but {len(each)} {name}s: give one {name} for each label")
     clusters = (
         np.arange(len(array)) if prompts is None else np.unique(np.asarray(prompts), return_inverse=True)[1]
     )
+    people = None if raters is None else np.unique(np.asarray(raters), return_inverse=True)[1]
 
     signs = np.where(array == "Tie", 0, np.where(array == of, 1, -1))
     decided = signs != 0
+    ci95, difference_ci95 = _share_ci95(signs > 0, clusters), _difference_ci95(signs, clusters)
     return WinRate(
         win=float(np.mean(signs > 0)),
         tie=float(np.mean(signs == 0)),
         lose=float(np.mean(signs < 0)),
-        ci95=_share_ci95(signs > 0, clusters),
+        ci95=ci95,
         win_minus_lose=float(signs.mean()),
-        win_minus_lose_ci95=_difference_ci95(signs, clusters),
+        win_minus_lose_ci95=difference_ci95,
         win_minus_lose_bootstrap95=_difference_bootstrap95(signs, clusters),
         ties_excluded=float(np.mean(signs[decided] > 0)) if decided.any() else None,
         ties_excluded_ci95=_share_ci95(signs[decided] > 0, clusters[decided]) if decided.any() else None,
         sign_test_p=_sign_test(np.bincount(clusters, signs)),
         num_labels=len(array),
         num_prompts=int(clusters.max()) + 1,
+        two_way_ci95=_two_way95(signs > 0, clusters, people, ci95),
+        win_minus_lose_two_way95=_two_way95(signs, clusters, people, difference_ci95),
     )
+
+
+def vote_share(judgements: Iterable[Judgement], question: Question, *, of: Literal["A", "B"]) -> WinRate:
+    """How often single votes prefer model ``of``, clustered by prompt and two-way by prompt and rater.
+
+    Majorities amplify it: at a share of 0.70, five equal raters prefer a model on 84 % of the prompts. Never
+    compare the two.
+    """
+    votes = latest_votes(judgements, question)
+    prompts, raters = [prompt for prompt, _ in votes], [rater for _, rater in votes]
+    return win_rate(list(votes.values()), of=of, prompts=prompts, raters=raters)
 
 
 def win_rates_by(
@@ -307,14 +393,49 @@ def _difference_ci95(signs: NDArray[np.int_], clusters: NDArray[np.intp]) -> Int
 
 
 def _difference_bootstrap95(signs: NDArray[np.int_], clusters: NDArray[np.intp]) -> Interval:
-    """Prompts with the same sum and count of labels are alike, so counting kinds is resampling prompts."""
     if _variance_of_mean(signs, clusters) == 0:
         return _unanimous_ci95(signs, clusters)
-    totals = np.stack([np.bincount(clusters, signs), np.bincount(clusters)], axis=1)
+    sums = resample(np.stack([np.bincount(clusters, signs), np.bincount(clusters)], axis=1))
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def resample(totals: NDArray[Any]) -> NDArray[Any]:
+    """Sums over prompts drawn with replacement, 10,000 times at a fixed seed: (N, D) to (10,000, D)."""
+    # Prompts of the same totals are alike, so counting kinds is resampling prompts.
     kinds, counts = np.unique(totals, axis=0, return_counts=True)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    sums = rng.multinomial(counts.sum(), counts / counts.sum(), NUM_DRAWS) @ kinds  # (draws, 2)
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return rng.multinomial(counts.sum(), counts / counts.sum(), NUM_DRAWS) @ kinds
+
+
+def _two_way95(
+    values: NDArray[Any],
+    clusters: NDArray[np.intp],
+    raters: NDArray[np.intp] | None,
+    without_spread: Interval,
+) -> Interval | None:
+    """Bayesian pigeonhole bootstrap (Owen and Eckles 2012, "Bootstrapping data arrays of arbitrary order").
+
+    A vote weighs the product of its prompt's and its rater's weight, both exponential. Few raters would make
+    the percentiles too narrow: they are expanded as a t interval is (Hesterberg 2015, "What teachers should
+    know about the bootstrap"). Where votes are mostly noise, they are too wide.
+    """
+    shape = (int(clusters.max()) + 1, 0 if raters is None else int(raters.max()) + 1)
+    if raters is None or min(shape) < 2:
+        return None
+    if values.min() == values.max():
+        return without_spread
+    from scipy.special import stdtrit  # quantiles of Student's t
+
+    cells = np.zeros((2, *shape), np.float32)
+    np.add.at(cells[0], (clusters, raters), values)
+    np.add.at(cells[1], (clusters, raters), 1)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    of_prompts, of_raters = (rng.standard_exponential((NUM_DRAWS, num), np.float32) for num in shape)
+    sums, counts = ((of_prompts @ cell * of_raters).sum(axis=1) for cell in cells)
+    few = min(shape)
+    tail = NormalDist().cdf(stdtrit(few - 1, 0.025) * math.sqrt(few / (few - 1)))
+    low, high = np.quantile(sums / counts, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -332,3 +453,27 @@ def _sign_test(net: NDArray[Any]) -> float:
         tail += term
         term = term * (num - k) // (k + 1)
     return min(1.0, 2 * tail / 2**num)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Adjusted p-values of planned comparisons: below 0.05, no more than 5 % of such plans find a false one.
+
+    Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    """
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def benjamini_hochberg(p_values: Mapping[str, float]) -> dict[str, float]:
+    """q-values of exploratory slices: among those up to q, a share of about q is expected to be false.
+
+    Benjamini and Hochberg, "Controlling the false discovery rate" (1995).
+    """
+    adjusted, smallest = {}, 1.0
+    for rank, name in reversed(list(enumerate(sorted(p_values, key=p_values.__getitem__), start=1))):
+        smallest = min(smallest, len(p_values) / rank * p_values[name])
+        adjusted[name] = smallest
+    return {name: adjusted[name] for name in p_values}

@@ -11,9 +11,13 @@ from scipy import stats
 from emu_lightning.evaluation.votes import (
     Judgement,
     append_judgements,
+    benjamini_hochberg,
+    holm,
     judge_pairs,
     majority_labels,
+    position_bias,
     read_judgements,
+    vote_share,
     votes_by_prompt,
     wilson_ci95,
     win_rate,
@@ -25,8 +29,15 @@ def labels_of(win: int, tie: int, lose: int) -> np.ndarray:
     return np.array(["B"] * win + ["Tie"] * tie + ["A"] * lose)
 
 
-def vote(prompt: str, answer: str, rater: str, question: str = "appeal", kind: str = "person") -> Judgement:
-    return Judgement(prompt, question, answer, rater, kind)  # type: ignore[arg-type]
+def vote(
+    prompt: str,
+    answer: str,
+    rater: str,
+    question: str = "appeal",
+    kind: str = "person",
+    left: str | None = None,
+) -> Judgement:
+    return Judgement(prompt, question, answer, rater, kind, left)  # type: ignore[arg-type]
 
 
 # --- shares and intervals -------------------------------------------------------------------------------
@@ -130,12 +141,122 @@ def test_clustered_intervals_cover_where_independent_ones_do_not() -> None:
     assert covered["independent"] < 0.80 * num_trials
 
 
+def test_the_vote_share_counts_votes_where_the_majority_counts_prompts() -> None:
+    answers = {"p": "BBA", "q": "BBB", "r": "AAB", "s": "BAA"}
+    records = [
+        vote(prompt, answer, f"rater {i}") for prompt, row in answers.items() for i, answer in enumerate(row)
+    ]
+    share = vote_share([*records, vote("p", "A", "rater 0", "faithfulness")], "appeal", of="B")
+    assert (share.win, share.tie, share.lose) == pytest.approx((7 / 12, 0, 5 / 12))
+    assert share.num_labels == 12 and share.num_prompts == 4
+    labels = list(majority_labels(records, "appeal").labels.values())
+    assert win_rate(labels, of="B").win == 0.5
+
+
+def test_the_two_way_interval_follows_resampled_rows_and_columns() -> None:
+    rng = np.random.default_rng(3)
+    num_prompts, num_raters = 60, 25
+    chance = 1 / (1 + np.exp(-rng.normal(0, 1, (num_prompts, 1)) - rng.normal(0.4, 0.8, num_raters)))
+    hits = rng.random(chance.shape) < chance
+    prompts, raters = np.indices(hits.shape).reshape(2, -1).astype(str)
+    rate = win_rate(
+        np.where(hits, "B", "A").ravel(), of="B", prompts=prompts.tolist(), raters=raters.tolist()
+    )
+    means = [
+        hits[rng.integers(num_prompts, size=num_prompts)][:, rng.integers(num_raters, size=num_raters)].mean()
+        for _ in range(3000)
+    ]
+    factor = stats.t.ppf(0.975, num_raters - 1) * np.sqrt(num_raters / (num_raters - 1))
+    for (low, high), scale in ((rate.two_way_ci95, 1), (rate.win_minus_lose_two_way95, 2)):  # type: ignore[misc]
+        assert (high - low) / 2 == pytest.approx(scale * factor * np.std(means), rel=0.1)
+    assert rate.two_way_ci95[0] < rate.ci95[0] and rate.two_way_ci95[1] > rate.ci95[1]  # type: ignore[index]
+
+
+def test_without_a_second_rater_nothing_is_said_of_other_raters() -> None:
+    records = [vote(prompt, answer, "ada") for prompt, answer in zip("pqr", "BAB", strict=True)]
+    assert vote_share(records, "appeal", of="B").two_way_ci95 is None
+    agreed = vote_share([vote(prompt, "B", rater) for prompt in "pqr" for rater in "xyz"], "appeal", of="B")
+    assert agreed.two_way_ci95 == agreed.ci95 and agreed.ci95[0] < 0.7
+
+
+@pytest.mark.parametrize("left,right,ties", [(60, 40, 7), (5, 0, 0), (12, 30, 1)])
+def test_position_bias_equals_the_exact_binomial_test(left: int, right: int, ties: int) -> None:
+    sides = ["left"] * left + ["right"] * right + ["tie"] * ties
+    records = [
+        vote(
+            f"{i}",
+            "Tie" if side == "tie" else shown if side == "left" else {"A": "B", "B": "A"}[shown],
+            "ada",
+            left=shown,
+        )
+        for i, side in enumerate(sides)
+        for shown in ["AB"[i % 2]]
+    ]
+    bias = position_bias([*records, vote("unknown side", "A", "ada")], "appeal")
+    reference = stats.binomtest(left, left + right)
+    interval = reference.proportion_ci(0.95, method="wilson")
+    assert bias is not None and bias.num_votes == left + right
+    assert bias.left == pytest.approx(left / (left + right))
+    assert bias.ci95 == pytest.approx((interval.low, interval.high))
+    assert bias.p == pytest.approx(reference.pvalue)
+
+
+def test_votes_without_sides_say_nothing_of_position() -> None:
+    assert position_bias([vote("p", "A", "ada"), vote("q", "Tie", "ada", left="A")], "appeal") is None
+
+
+# --- several comparisons ---------------------------------------------------------------------------------
+
+
+def test_corrections_make_the_decisions_of_the_published_example() -> None:
+    """Benjamini and Hochberg (1995), section 3.2: four found at 0.05, three with familywise control."""
+    values = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459]
+    values += [0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0]
+    p_values = {f"{i}": p for i, p in enumerate(values)}
+    assert [name for name, q in benjamini_hochberg(p_values).items() if q <= 0.05] == ["0", "1", "2", "3"]
+    assert [name for name, p in holm(p_values).items() if p <= 0.05] == ["0", "1", "2"]
+
+
+def test_corrections_equal_their_definitions_in_any_order() -> None:
+    values = np.random.default_rng(0).permutation([0.01, 0.01, 0.02, 0.03, 0.2, 0.9])
+    p_values = {f"{i}": float(p) for i, p in enumerate(values)}
+    q_values, adjusted = benjamini_hochberg(p_values), holm(p_values)
+    assert list(q_values) == list(adjusted) == list(p_values)
+    assert list(q_values.values()) == pytest.approx(stats.false_discovery_control(values))
+    by_hand = {0.01: 0.06, 0.02: 0.08, 0.03: 0.09, 0.2: 0.4, 0.9: 0.9}
+    assert list(adjusted.values()) == pytest.approx([by_hand[p] for p in values])
+    assert holm({}) == benjamini_hochberg({}) == {}
+
+
 def test_slices_are_judged_on_their_own() -> None:
     labels = np.array(["B", "A", "Tie", "B"])
     rates = win_rates_by(["star", "box", "box", "star"], labels, of="B", prompts=["p", "q", "r", "p"])
     assert list(rates) == ["box", "star"]
     assert rates["star"].win == 1 and rates["star"].num_prompts == 1
     assert rates["box"].lose == 0.5 and rates["box"].tie == 0.5
+
+
+def test_one_set_of_labels_serves_every_kind_of_slice() -> None:
+    answers = {"p": "B", "q": "A", "r": "Tie", "s": "B"}
+    slices = {
+        "category": {"p": "Animals", "q": "Food & Beverage", "r": "Animals", "s": "Animals"},
+        "challenge": {"p": "Basic", "q": "Basic", "r": "Style & Format", "s": "Style & Format"},
+        "stylized": {"p": "no", "q": "no", "r": "yes", "s": "yes"},
+    }
+    records = [vote(prompt, answer, rater) for prompt, answer in answers.items() for rater in "xyz"]
+    labels = majority_labels(records, "appeal").labels
+    wins = {
+        "Animals": 2 / 3,
+        "Food & Beverage": 0,
+        "Basic": 0.5,
+        "Style & Format": 0.5,
+        "no": 0.5,
+        "yes": 0.5,
+    }
+    for by in slices.values():
+        rates = win_rates_by([by[prompt] for prompt in labels], list(labels.values()), of="B")
+        assert {name: rate.win for name, rate in rates.items()} == {name: wins[name] for name in by.values()}
+        assert sum(rate.num_prompts for rate in rates.values()) == len(labels)
 
 
 # --- scores to labels ------------------------------------------------------------------------------------
@@ -166,7 +287,17 @@ def test_records_survive_the_file_and_are_only_appended(tmp_path) -> None:
     append_judgements(path, [second])
     assert path.read_bytes().startswith(before)
     assert read_judgements(path) == [first, second]
-    assert set(json.loads(before)) == {"prompt", "question", "answer", "rater", "rater_kind"}
+    assert set(json.loads(before)) == {"prompt", "question", "answer", "rater", "rater_kind", "left"}
+
+
+def test_records_without_the_side_are_read(tmp_path) -> None:
+    path = tmp_path / "judgements.jsonl"
+    append_judgements(path, [vote("p", "A", "ada", left="B")])
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "left"}
+    path.write_text(path.read_text() + json.dumps(old) + "\n")
+    assert [judgement.left for judgement in read_judgements(path)] == ["B", None]
+    with pytest.raises(ValueError, match="left is 'left'"):
+        vote("p", "A", "ada", left="left")
 
 
 def test_a_torn_line_is_named(tmp_path) -> None:
@@ -210,6 +341,24 @@ def test_a_majority_is_more_than_half(answers: str, label: str | None) -> None:
     assert tied.labels == {"p": label or "Tie"}
     assert excluded.labels == ({"p": label} if label else {})
     assert tied.no_majority == excluded.no_majority == (() if label else ("p",))
+    assert tied.needs_rater == excluded.needs_rater == ()
+
+
+@pytest.mark.parametrize(
+    "answers,label",
+    [("AABBT", None), ("AABBTA", "A"), ("AABBTT", None), ("AABBTTB", None), ("AABBTTBB", "B"), ("ABT", None)]
+    + [("ABTT", "Tie"), ("AAABBB", None), ("AAABB", "A")],
+)
+def test_an_extra_rater_breaks_the_tie_or_another_is_asked_for(answers: str, label: str | None) -> None:
+    records = [vote("p", {"T": "Tie"}.get(answer, answer), f"rater {i}") for i, answer in enumerate(answers)]
+    majority = majority_labels([*records, vote("q", "B", "ada")], "appeal", "extra_rater")
+    assert majority.labels == ({"p": label} if label else {}) | {"q": "B"}
+    assert majority.needs_rater == majority.no_majority == (() if label else ("p",))
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="use one of tie, exclude, extra_rater"):
+        majority_labels([vote("p", "A", "ada")], "appeal", "drop")  # type: ignore[arg-type]
 
 
 # --- the result ------------------------------------------------------------------------------------------
