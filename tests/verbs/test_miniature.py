@@ -132,10 +132,7 @@ def test_a_shipped_recipe_s_options_are_its_configurations_own(name: str, capsys
         assert all(str(fill(value, Path("r"))) in resolved for value in stage.options.values())
 
 
-SLOW = pytest.mark.xfail(strict=True, reason="130 minutes, measured on a machine busy with other work")
-
-
-@pytest.mark.parametrize("name", ["latent", "pixel", pytest.param("masked", marks=SLOW)])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_base_took_at_most_ninety_minutes(name: str) -> None:
     figures = json.loads((miniature_path(name) / "figures.json").read_text())
     assert sum(figures["seconds"].values()) <= 90 * 60
