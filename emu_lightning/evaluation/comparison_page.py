@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from emu_lightning.evaluation import report
 from emu_lightning.evaluation.comparison import Comparison
+from emu_lightning.evaluation.generation import PictureFolder
 from emu_lightning.evaluation.report import Html, Section
 from emu_lightning.evaluation.votes import win_rates_by
 
@@ -30,7 +31,7 @@ LOST = "The prompts on which the tuned picture lost most faithfulness, then most
 def comparison_page(
     title: str,
     result: Comparison,
-    pictures: Mapping[str, Pictures],
+    pictures: Mapping[str, Pictures] | Mapping[str, PictureFolder],
     prompts: Sequence[str],
     settings: Mapping[str, Any],
     *,
@@ -46,7 +47,7 @@ def comparison_page(
     Args:
         title: of the page.
         result: the judged comparison.
-        pictures: ``base`` and ``tuned``, (N, H, W, 3) each.
+        pictures: ``base`` and ``tuned``, (N, H, W, 3) each, or where they lie.
         prompts: the N prompts.
         settings: everything that was set; folded.
         command: what made this page.
@@ -121,14 +122,14 @@ def win_bars(result: Comparison) -> list[Html]:
 
 def grid(
     result: Comparison,
-    pictures: Mapping[str, Pictures],
+    pictures: Mapping[str, Pictures] | Mapping[str, PictureFolder],
     prompts: Sequence[str],
     rows: NDArray[np.intp],
 ) -> Html:
     """Base and tuned pictures of some prompts, with the judge's appeal."""
     scores = {"base": result.base_appeal, "tuned": result.tuned_appeal}
     return report.figure_grid(
-        {name: array[rows] for name, array in pictures.items()},
+        {name: [images[int(row)] for row in rows] for name, images in pictures.items()},
         [prompts[i] for i in rows],
         scores={name: values[rows] for name, values in scores.items()},
     )

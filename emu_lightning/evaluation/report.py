@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -61,18 +61,18 @@ def tag(name: str, *content: str, **attributes: object) -> Html:
 
 def percent(share: float, digits: int = 1) -> str:
     """0.829 -> 82.9 %, with a space that does not break."""
-    return f"{_number(100 * share, digits)}\u00a0%"
+    return f"{number(100 * share, digits)}\u00a0%"
 
 
 def points(difference: float, digits: int = 1) -> str:
     """0.012 -> +1.2: a difference of two shares in percentage points, always with its sign."""
-    text = _number(100 * difference, digits)
+    text = number(100 * difference, digits)
     return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 
 
 def percent_interval(ci95: Interval, digits: int = 1) -> str:
     """(0.81, 0.847) -> 81.0 to 84.7 %."""
-    return f"{_number(100 * ci95[0], digits)} to {percent(ci95[1], digits)}"
+    return f"{number(100 * ci95[0], digits)} to {percent(ci95[1], digits)}"
 
 
 def points_interval(ci95: Interval, digits: int = 1) -> str:
@@ -80,7 +80,13 @@ def points_interval(ci95: Interval, digits: int = 1) -> str:
     return f"{points(ci95[0], digits)} to {points(ci95[1], digits)}"
 
 
-def _number(value: float, digits: int) -> str:
+def p_value(p: float) -> str:
+    """0.0371 -> 0.037; never 0."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def number(value: float, digits: int) -> str:
+    """-1234.5 -> −1,234.5: with a true minus sign, and none before zero."""
     text = f"{value:,.{digits}f}"
     return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
 
@@ -394,6 +400,61 @@ def line_chart(
     return _figure(title, detail, tag("div", tag("p", *legend, css="legend narrow"), chart, css="chart"))
 
 
+@dataclass(frozen=True)
+class Axis:
+    """One direction of a :func:`scatter_chart`. Better is always up or to the right."""
+
+    label: str
+    values: ArrayLike
+    better: Literal["higher", "lower"] = "higher"
+
+
+def scatter_chart(
+    title: str, names: Sequence[str], x: Axis, y: Axis, *, marked: Collection[str] = ()
+) -> Html:
+    """A point for each name; a small number beside the points stands for the name in the legend.
+
+    Args:
+        title: what is set against what.
+        names: of the points.
+        x: across; it has a value for each name.
+        y: up.
+        marked: names whose points are filled.
+    """
+    (x_at, x_ticks), (y_at, y_ticks) = _placed(x), _placed(y)
+    drawing = [_text(0.5, _CHART_HEIGHT + 40, f"{x.label} →", anchor="middle")]
+    for tick, at in y_ticks:
+        height = round(_CHART_HEIGHT * (1 - at), 1)
+        drawing += [
+            tag("line", css="axis", x1="0", x2="100%", y1=height, y2=height),
+            _text(0, height + 4, tick, anchor="end", dx=-8),
+        ]
+    drawing += [_text(at, _CHART_HEIGHT + 20, tick, anchor="middle") for tick, at in x_ticks]
+    for number_, (name, across, up) in enumerate(zip(names, x_at, y_at, strict=True), start=1):
+        height = round(_CHART_HEIGHT * (1 - up), 1)
+        css = "point marked" if name in marked else "point"
+        drawing += [
+            tag("circle", css=css, cx=_pc(across), cy=height, r=5),
+            _text(across, height - 9, str(number_), anchor="middle", css="ink"),
+        ]
+    legend = [tag("span", tag("strong", f"{number_} "), name) for number_, name in enumerate(names, start=1)]
+    return _figure(
+        title,
+        f"↑ {y.label}",
+        tag("p", *legend, css="legend"),
+        tag("div", _svg(f"{title}: {', '.join(names)}", _CHART_HEIGHT, drawing), css="chart plain"),
+    )
+
+
+def _placed(axis: Axis) -> tuple[list[float], list[tuple[str, float]]]:
+    """Where values and ticks lie, as shares of the axis from its worse to its better end."""
+    values = np.asarray(axis.values, np.float64)
+    ticks = _ticks(values.min(), values.max())
+    start, end = (ticks[0], ticks[-1]) if axis.better == "higher" else (ticks[-1], ticks[0])
+    labels = [(_tick_label(tick, ticks), (tick - start) / (end - start)) for tick in ticks]
+    return ((values - start) / (end - start)).tolist(), labels
+
+
 class _Line(NamedTuple):
     name: str
     x: NDArray[np.float64]
@@ -428,10 +489,12 @@ def columns(*parts: Html) -> Html:
 
 
 def figure_grid(
-    pictures: Mapping[str, Pictures],
+    pictures: Mapping[str, Pictures | Sequence[Pictures]],
     captions: Sequence[str],
     *,
     scores: Mapping[str, ArrayLike] | None = None,
+    digits: int = 2,
+    remarks: Sequence[str] | None = None,
     num_columns: int | None = None,
 ) -> Html:
     """The same prompts drawn by several models, side by side, enlarged without smoothing.
@@ -439,20 +502,24 @@ def figure_grid(
     Pictures above 128 pixels a side become JPEG on the page, and are reduced to 256 pixels.
 
     Args:
-        pictures: for each model, from left to right, its (N, H, W, 3) uint8 pictures.
+        pictures: for each model, from left to right, its (N, H, W, 3) uint8 pictures; or N pictures
+            (H, W, 3) of any sizes.
         captions: the N prompts.
         scores: for each model its N scores, printed under the pictures; a prompt's best is bold.
+        digits: of the scores, behind the point.
+        remarks: N of them, small beneath the captions.
         num_columns: models beside each other before a new row begins; all of them where left out.
     """
     num = len(captions)
     for name, images in pictures.items():
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != num:
+        shapes = {(str(image.dtype), image.shape[2:]) for image in images}
+        if len(images) != num or shapes - {("uint8", (3,))}:
             raise ValueError(
-                f"pictures of {name!r} are {images.dtype} {images.shape}: "
+                f"pictures of {name!r} are {len(images)} of {images[0].dtype} {images[0].shape}: "
                 f"give ({num}, H, W, 3) uint8, one for each caption"
             )
     marks = {name: np.asarray(values, np.float64) for name, values in (scores or {}).items()}
-    side = max(images.shape[2] for images in pictures.values())
+    side = max(image.shape[1] for images in pictures.values() for image in images)
     # Whole multiples keep every pixel the same size.
     shown = min(_MAX_SIDE, side * max(1, round(_SHOWN_SIDE / side)))
     style = f"--count:{num_columns or len(pictures)};--side:{shown}px"
@@ -462,14 +529,14 @@ def figure_grid(
         if name not in marks:
             return tag("div", picture, tag("span", name))
         is_best = marks[name][i] == max(mark[i] for mark in marks.values())
-        mark = tag("b" if is_best else "i", f"{marks[name][i]:.2f}")
+        mark = tag("b" if is_best else "i", f"{marks[name][i]:.{digits}f}")
         return tag("div", picture, tag("span", name, " ", mark))
 
     rows = (
         tag(
             "figure",
             tag("div", *(cell(name, i) for name in pictures)),
-            tag("figcaption", captions[i]),
+            tag("figcaption", captions[i], *([tag("small", " ", remarks[i])] if remarks else [])),
             css="pictures",
             style=style,
         )
@@ -489,12 +556,26 @@ def _data_url(picture: Pictures) -> str:
 # --- tables ----------------------------------------------------------------------------------------------
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str | float]], *, caption: str = "") -> Html:
-    """A plain table. Numbers stand right; a figure that could not be computed is a text with its reason."""
+def table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str | float]],
+    *,
+    caption: str = "",
+    right: Collection[int] = (),
+) -> Html:
+    """A plain table. Numbers stand right; a figure that could not be computed is a text with its reason.
+
+    Args:
+        heads: of the columns.
+        rows: of cells, one for each head.
+        caption: over the table.
+        right: columns of figures given as texts, such as percentages, to stand right as well.
+    """
     for row in rows:
         if len(row) != len(heads):
             raise ValueError(f"a row of the table has {len(row)} cells, its head {len(heads)}: give as many")
-    styles = ["" if any(isinstance(row[i], str) for row in rows) else "number" for i in range(len(heads))]
+    texts = [i not in right and any(isinstance(row[i], str) for row in rows) for i in range(len(heads))]
+    styles = ["" if is_text else "number" for is_text in texts]
     body = (
         tag("tr", *(tag("td", _cell(cell), css=css) for cell, css in zip(row, styles, strict=True)))
         for row in rows
@@ -512,6 +593,7 @@ def slice_table(
     *,
     caption: str = "",
     figure: Literal["win", "win_minus_lose"] = "win",
+    q_values: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Html:
     """Win rates within slices as a forest plot, against the overall figure (dashed).
 
@@ -520,6 +602,7 @@ def slice_table(
         overall: the win rate of all prompts.
         caption: what is compared; say that slices are exploratory.
         figure: the share of wins, or wins minus losses.
+        q_values: of each slice, by group and name.
     """
     groups = {**slices, "": {"all": overall}}
     if figure == "win":
@@ -540,7 +623,7 @@ def slice_table(
     def at(share: float) -> float:
         return (share - low) / (high - low)
 
-    def row(name: str, rate: WinRate) -> Html:
+    def row(name: str, rate: WinRate, q: float | None) -> Html:
         if figure == "win":
             ci95, shown = rate.ci95, (percent(rate.win), percent_interval(rate.ci95))
         else:
@@ -558,6 +641,7 @@ def slice_table(
             tag("td", f"{rate.num_prompts:,}", css="number wide"),
             *(tag("td", text, css="number") for text in shown),
             *(tag("td", percent(share), css="number wide") for share in (rate.tie, rate.lose)),
+            *([tag("td", "" if q is None else p_value(q), css="number")] if q_values else []),
             tag("td", _svg(f"{name}: {shown[0]}, {shown[1]}", 30, drawing), css="forest"),
             css="all" if rate is overall else "",
         )
@@ -570,12 +654,67 @@ def slice_table(
         tag("th", "95\u00a0% interval", css="number"),
         tag("th", "tie", css="number wide"),
         tag("th", "lose", css="number wide"),
+        *([tag("th", "q", css="number")] if q_values else []),
         tag("th", tag("div", *(tag("span", end) for end in ends)), css="forest"),
     ]
     bodies = (
         tag(
             "tbody",
-            *([tag("tr", tag("th", group, colspan=7))] if group else []),
+            *([tag("tr", tag("th", group, colspan=len(heads)))] if group else []),
+            *(row(name, rate, (q_values or {}).get(group, {}).get(name)) for name, rate in rates.items()),
+            css="group",
+        )
+        for group, rates in groups.items()
+    )
+    return _table(caption, heads, *bodies)
+
+
+def outcome_table(
+    groups: Mapping[str, Mapping[str, WinRate]], names: tuple[str, str], *, caption: str = ""
+) -> Html:
+    """Win, tie and lose of all prompts in percent, each row adding to 100, as the paper's tables have them.
+
+    Args:
+        groups: question -> prompt set -> the win rate of the second of ``names``.
+        names: the two models, base first.
+        caption: what is compared.
+    """
+    base, tuned = names
+
+    def row(name: str, rate: WinRate) -> Html:
+        stretches = (("win", 0.0, rate.win), ("tie", rate.win, rate.tie), ("lose", 1 - rate.lose, rate.lose))
+        drawing = [
+            tag("rect", css=outcome, x=_pc(start), y=4, width=_pc(share), height=14)
+            for outcome, start, share in stretches
+        ]
+        words = f"{name}: {percent(rate.win)} win, {percent(rate.tie)} tie, {percent(rate.lose)} lose"
+        win, lose = number(100 * rate.win, 1), number(100 * rate.lose, 1)
+        difference = tag("small", points_interval(rate.win_minus_lose_ci95), css="under")
+        return tag(
+            "tr",
+            tag("th", name, scope="row"),
+            tag("td", f"{rate.num_prompts:,}", css="number wide"),
+            tag("td", win, tag("small", percent_interval(rate.ci95), css="under wide"), css="number"),
+            tag("td", number(100 - float(win) - float(lose), 1), css="number"),  # adds to 100 when rounded
+            tag("td", lose, css="number"),
+            tag("td", points(rate.win_minus_lose), difference, css="number"),
+            tag("td", _svg(words, 22, drawing), css="forest wide"),
+            css="outcome",
+        )
+
+    heads = [
+        tag("th"),
+        tag("th", "prompts", css="number wide"),
+        tag("th", tag("i", css="win"), f"{tuned} wins", css="number key"),
+        tag("th", tag("i", css="tie"), "tie", css="number key"),
+        tag("th", tag("i", css="lose"), f"{base} wins", css="number key"),
+        tag("th", "win − lose", css="number"),
+        tag("th", css="forest wide"),
+    ]
+    bodies = (
+        tag(
+            "tbody",
+            tag("tr", tag("th", group, colspan=len(heads))),
             *(row(name, rate) for name, rate in rates.items()),
             css="group",
         )
@@ -792,7 +931,7 @@ def _tick_label(value: float, ticks: Sequence[float], unit: str = "") -> str:
     scale = 100 if unit == "%" else 1
     step = scale * (ticks[1] - ticks[0])
     digits = next((digits for digits in range(8) if abs(round(step, digits) / step - 1) < 1e-6), 8)
-    return _number(scale * value, digits) + ("\u00a0%" if unit and value == ticks[-1] else "")
+    return number(scale * value, digits) + ("\u00a0%" if unit and value == ticks[-1] else "")
 
 
 def _apart(heights: Sequence[float], gap: float = 17) -> list[float]:

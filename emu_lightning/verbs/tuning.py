@@ -173,6 +173,8 @@ def judge(run: Path, base: Path, prompts: Sequence[str], device: str) -> Judged:
     Raises:
         ValueError: tuning chose no iteration.
     """
+    import torch
+
     from emu_lightning.evaluation.comparison import compare
     from emu_lightning.evaluation.generation import generate_folder
     from emu_lightning.modules import load_generator, weights_sha256
@@ -185,16 +187,18 @@ def judge(run: Path, base: Path, prompts: Sequence[str], device: str) -> Judged:
         )
     scorer = JudgeOnce()
     pictures, figures = {}, {}
+    where = torch_device(device)
     for name, path in {"base": base, "tuned": run / "tuning" / "chosen"}.items():
-        generator = load_generator(path).to(torch_device(device)).eval()
-        pictures[name] = generate_folder(
-            generator,
-            prompts,
-            range(len(prompts)),
-            run / name,
-            settings={"weights": weights_sha256(path)},
-            description=f"pictures of {name}",
-        )
+        generator = load_generator(path).to(where).eval()
+        with torch.autocast(where.type, torch.bfloat16):  # as tuning drew when it chose where to stop
+            pictures[name] = generate_folder(
+                generator,
+                prompts,
+                range(len(prompts)),
+                run / name,
+                settings={"weights": weights_sha256(path), "precision": "bf16-mixed"},
+                description=f"pictures of {name}",
+            )
         figures[name] = share_all_three(read_all(pictures[name], f"reading {name}", scorer), list(prompts))
     result = compare(scorer, pictures["base"], pictures["tuned"], prompts)
     stop = json.loads((run / "tuning" / "chosen.json").read_text())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,16 @@ import torch
 from PIL import Image
 
 from emu_lightning.evaluation.generation import (
+    fill_folder,
     generate_folder,
     generate_pictures,
+    open_folder,
     read_folder,
     to_images,
     to_uint8,
     write_png,
 )
+from emu_lightning.evaluation.prompts import PromptSet
 
 PROMPTS = [f"prompt {index}" for index in range(5)]
 SEEDS = [10, 11, 12, 13, 14]
@@ -165,3 +169,108 @@ def test_what_is_missing_in_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "00003.png").unlink()
     with pytest.raises(FileNotFoundError, match="00003.png is missing"):
         read_folder(tmp_path)
+
+
+# --- shared between processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_shares", [1, 2, 3, 7])
+def test_shares_make_every_picture_once_and_together_the_whole(num_shares: int, tmp_path: Path) -> None:
+    painters = [Painter() for _ in range(num_shares)]
+    for index, painter in enumerate(painters):
+        fill_folder(
+            painter, PROMPTS, SEEDS, tmp_path, settings=SETTINGS, share=(index, num_shares), batch_size=2
+        )
+    made = [prompt for painter in painters for prompts, _ in painter.calls for prompt in prompts]
+    assert sorted(made) == PROMPTS
+    assert colours_of(read_folder(tmp_path)[0]) == EXPECTED
+
+
+@pytest.mark.parametrize("share", [(2, 2), (-1, 2), (0, 0)])
+def test_a_share_that_does_not_exist_is_refused(share: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        fill_folder(Painter(), PROMPTS, SEEDS, tmp_path, settings=SETTINGS, share=share)
+
+
+def test_processes_that_make_the_same_pictures_at_a_time_leave_whole_ones(tmp_path: Path) -> None:
+    threads = [
+        Thread(
+            target=fill_folder, args=(Painter(), PROMPTS * 8, SEEDS * 8, tmp_path), kwargs={"settings": {}}
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert colours_of(read_folder(tmp_path)[0]) == EXPECTED * 8
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_folder_of_before_stays_valid_and_its_manifest_as_it_was(tmp_path: Path) -> None:
+    """Written down as an earlier version wrote it."""
+    manifest = {"settings": SETTINGS, "prompts": PROMPTS, "seeds": SEEDS}
+    manifest["sha256"] = "b5106a3f0f04766f5e5f3aeaef16d4cfbb741da8a788bece95b7d7e6e2f10f8d"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    notes = {"prompt_set": "x", "seeds": "not to be changed by a note"}
+    fill_folder(Painter(), PROMPTS, SEEDS, tmp_path, settings=SETTINGS, notes=notes)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    fill_folder(Painter(), PROMPTS, SEEDS, tmp_path / "new", settings=SETTINGS, notes=notes)
+    new = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    assert new == {"prompt_set": "x", **manifest}
+
+
+# --- pictures made elsewhere --------------------------------------------------------------------------------
+
+
+def paint(folder: Path, sizes: dict[str, tuple[int, int]]) -> Path:
+    """Pictures of these names and sizes, each of its own grey."""
+    folder.mkdir()
+    for grey, (name, size) in enumerate(sizes.items()):
+        Image.new("RGB", size, (grey, grey, grey)).save(folder / name)
+    return folder
+
+
+NAMED = PromptSet("named", ("a cat", "a dog", "a hen"), (), (), "0", ("p-7", "p-3", "p-9"))
+
+
+@pytest.mark.parametrize(
+    "names", [["p-7.png", "p-3.jpg", "p-9.webp"], ["00000.png", "00001.png", "00002.JPEG"]]
+)
+def test_pictures_are_found_by_id_or_by_row(names: list[str], tmp_path: Path) -> None:
+    sizes = dict(zip(names, [(8, 6), (10, 4), (10, 4)], strict=True))
+    folder = paint(tmp_path / "x", {**sizes, "zzz.png": (1, 1)})
+    found = open_folder(folder, NAMED)
+    assert found.prompts == NAMED.prompts and [file.name for file in found.files] == names
+    assert [found[row].shape for row in range(3)] == [(6, 8, 3), (4, 10, 3), (4, 10, 3)]
+    assert [int(found[row].mean().round()) for row in range(3)] == [0, 1, 2]
+    batches = list(found.batches(8))
+    assert [rows for rows, _ in batches] == [slice(0, 1), slice(1, 3)]
+    assert [pictures.shape for _, pictures in batches] == [(1, 6, 8, 3), (2, 4, 10, 3)]
+    assert [len(pictures) for _, pictures in found.batches(1)] == [1, 1, 1]
+    with pytest.raises(ValueError, match="several sizes"):
+        read_folder(folder, NAMED)
+
+
+def test_ids_that_look_like_rows_are_ids_where_all_are_there(tmp_path: Path) -> None:
+    counted_from_one = PromptSet("one", ("a cat", "a dog"), (), (), "0", ("00001", "00002"))
+    folder = paint(tmp_path / "x", {"00001.png": (2, 2), "00002.png": (2, 2)})
+    assert [file.stem for file in open_folder(folder, counted_from_one).files] == ["00001", "00002"]
+    (folder / "00002.png").rename(folder / "00000.png")
+    assert [file.stem for file in open_folder(folder, counted_from_one).files] == ["00000", "00001"]
+
+
+def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path) -> None:
+    folder = paint(tmp_path / "x", {"p-7.png": (2, 2), "p-3.png": (2, 2)})
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 3 pictures, such as p-9.png"):
+        open_folder(folder, NAMED)
+    Image.new("RGB", (2, 2)).save(folder / "p-9.png")
+    Image.new("RGB", (2, 2)).save(folder / "p-9.jpg")
+    with pytest.raises(ValueError, match="two pictures named p-9"):
+        open_folder(folder, NAMED)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_folder(tmp_path / "none", NAMED)
+    generate_folder(Painter(), PROMPTS, SEEDS, tmp_path / "made", settings=SETTINGS)
+    with pytest.raises(ValueError, match="other prompts than 'named'"):
+        open_folder(tmp_path / "made", NAMED)
+    assert open_folder(tmp_path / "made", PromptSet.of("same", PROMPTS)).manifest["settings"] == SETTINGS
