@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("train", "run a stage over data and keep what it returns"),
     "cache": ("cache", "encode pictures and captions once, before training: latents and text embeddings"),
     "sample": ("sample", "generate images for prompts"),
-    "evaluate": ("evaluate", "judge two models by people's votes or by scorers: win rates with 95 % intervals"),
+    "evaluate": ("evaluate", "judge two models by people's votes or by scorers; prompts, pictures, reports"),
     "curate": ("curate", "select the pictures of a pool that are worth tuning on; one page says why"),
     "annotate": ("annotate", "ask people: screening, photography review, captions, A/B judging"),
     "head": ("head", "learn from labels of some pictures what a curation finds in all"),

@@ -251,7 +251,7 @@ def _read_label_studio(data: bytes, columns: Mapping[str, type]) -> list[Row]:
     for number, task in enumerate(tasks if isinstance(tasks, list) else [tasks], start=1):
         try:
             item = dict(task["data"])
-            given = [_annotated(annotation) for annotation in task.get("annotations") or ()]
+            given = [_annotated(one) for one in task.get("annotations") or () if not one.get("was_cancelled")]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"task {number} is not one of Label Studio: {error!r}") from None
         for name in ("path_a", "path_b", "image"):

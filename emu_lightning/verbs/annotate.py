@@ -26,6 +26,7 @@ from emu_lightning.verbs.arguments import call
 
 if TYPE_CHECKING:  # their packages may not be installed
     from emu_lightning.annotation.store import Batch, NewItem, Store
+    from emu_lightning.data.world import World
 
 FOLDER = "runs/annotation"
 PORT = 8344
@@ -163,7 +164,7 @@ def add(
             text = None if guideline is None else Path(guideline).read_text(encoding="utf-8")
             into = _new_batch(opened, str(question), title, num_people, settings, text)
         num = _put(opened, into, items)
-    print(f"{num} items in {into.title!r} ({into.public_id}); each is for {into.num_people} people")
+    print(f"items added to {into.title!r} ({into.public_id}): {num:,}; people for each: {into.num_people}")
 
 
 def invite(
@@ -241,8 +242,10 @@ def import_(batch: str, file: str, store: str = FOLDER, database: str | None = N
 
     with _opened(store, database) as opened:
         rows = exchange.read_rows(file)
-        num = exchange.import_rows(opened, find_batch(opened, batch), rows, _anywhere(file))
-    print(f"{num[0]} items and {num[1]} answers added")
+        num_items, num_answers = exchange.import_rows(
+            opened, find_batch(opened, batch), rows, _anywhere(file)
+        )
+    print(f"items added: {num_items:,}; answers added: {num_answers:,}")
 
 
 def fill(store: Store, folder: Path) -> None:
@@ -254,17 +257,20 @@ def fill(store: Store, folder: Path) -> None:
     from emu_lightning.annotation import exchange
     from emu_lightning.annotation.store import NewItem
 
-    pool, ordinary, skilled = (folder / name for name in ("pool", "ordinary", "skilled"))
-    captions = draw_world(pool, seed=1, skilled_fraction=0.3)
+    pool = folder / "pool"
+    world = draw_world(pool, seed=1, skilled_fraction=0.3)
     pictures = [
         NewItem(
-            f"{row:05d}", {"A": (pool / f"{row:05d}.png", None)}, caption=caption, group=caption.split()[-1]
+            f"{row:05d}",
+            {"A": (pool / f"{row:05d}.png", None)},
+            caption=world.text(row),
+            group=world.describe(row)[0].background,
         )
-        for row, caption in enumerate(captions)
+        for row in range(len(world))
     ]
     pair = [QUICKSTART / "base", QUICKSTART / "tuned"]
     if not all((each / "manifest.json").is_file() for each in pair):
-        pair = [ordinary, skilled]
+        pair = [folder / "ordinary", folder / "skilled"]
         for each, fraction in zip(pair, (0.0, 1.0), strict=True):
             draw_world(each, seed=2, skilled_fraction=fraction)
     pairs = exchange.folder_items({"A": pair[0], "B": pair[1]})[:NUM_FILLED]
@@ -279,20 +285,19 @@ def fill(store: Store, folder: Path) -> None:
         _put(store, _new_batch(store, question), items)
 
 
-def draw_world(folder: Path, seed: int, skilled_fraction: float) -> list[str]:
-    """Draws pictures of the synthetic world into a folder such as `emu sample` makes; their captions."""
+def draw_world(folder: Path, seed: int, skilled_fraction: float) -> World:
+    """Draws pictures of the synthetic world into a folder such as `emu sample` makes."""
     from PIL import Image
 
     from emu_lightning.data.world import World
 
     world = World(SIDE, NUM_FILLED, seed, skilled_fraction)
-    samples = [world[row] for row in range(len(world))]
     folder.mkdir(parents=True, exist_ok=True)
-    for row, sample in enumerate(samples):
-        Image.fromarray(sample.image).save(folder / f"{row:05d}.png")
-    captions = [str(sample.text) for sample in samples]
-    write_whole(folder / "manifest.json", json.dumps({"prompts": captions}, indent=1) + "\n")
-    return captions
+    for row in range(len(world)):
+        Image.fromarray(world[row].image).save(folder / f"{row:05d}.png")
+    prompts = [world.text(row) for row in range(len(world))]
+    write_whole(folder / "manifest.json", json.dumps({"prompts": prompts}, indent=1) + "\n")
+    return world
 
 
 def find_batch(store: Store, name: str) -> Batch:

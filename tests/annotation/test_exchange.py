@@ -174,7 +174,7 @@ def test_tables_of_others_are_read() -> None:
 
 
 def test_label_studios_own_export_is_read() -> None:
-    """As its documentation shows an export: a pairwise choice, an e-mail or a number for who made it."""
+    """As its documentation shows an export: a pairwise choice, people by e-mail or number, a skipped task."""
     task = {
         "id": 1,
         "data": {"item": "p1", "path_a": "/data/local-files/?d=data/my%20pairs/a.png", "path_b": "/b.png"},
@@ -193,6 +193,7 @@ def test_label_studios_own_export_is_read() -> None:
                     }
                 ],
             },
+            {"completed_by": 4, "was_cancelled": True, "result": []},
             {
                 "completed_by": 2,
                 "result": [

@@ -23,8 +23,8 @@ SEEN = {"left": True, "right": True, "only": True}
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path) -> None:
-    monkeypatch.setitem(cli.VERBS, "annotate", ("annotate", "people look at pictures"))
+def small(monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path) -> None:
+    """An empty working directory, and few and small pictures in a new store."""
     monkeypatch.setattr(annotate, "NUM_FILLED", 2)
     monkeypatch.setattr(annotate, "SIDE", 16)
 
@@ -167,7 +167,7 @@ def test_two_folders_become_a_batch_of_pairs(capsys) -> None:
         "--gold_every",
         "5",
     )
-    assert "2 items in 'Visual appeal'" in capsys.readouterr().out
+    assert re.search(r"'Visual appeal' \(\w+\): 2; people for each: 3", capsys.readouterr().out)
     emu("add", "--question", "appeal", "--a", a, "--b", b)
     first, second = opened().batches()
     assert (first.num_people, second.num_people) == (3, 5)
@@ -195,7 +195,7 @@ def test_a_manifest_becomes_a_batch_and_may_be_added_to(capsys) -> None:
     emu("add", "--batch", "Stage 1", "--manifest", "manifest.parquet")
     (batch,) = opened().batches()
     assert [item.name for item in opened().items(batch)] == ["x", "y", "z"]
-    assert "1 items" in capsys.readouterr().out.splitlines()[-1]
+    assert "): 1; people" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_captions_are_verified_in_a_batch_of_their_own() -> None:
@@ -281,7 +281,7 @@ def test_answers_leave_and_come_back(answered: Store, capsys) -> None:
     assert (row["person"], row["answer"]) == ("ada", {"choice": "keep"})
     emu("add", "--question", "screening", "--file", "answers.jsonl", "--title", "Copy")
     emu("import", "--batch", "Copy", "--file", "answers.jsonl")
-    assert capsys.readouterr().out.splitlines()[-1] == "0 items and 1 answers added"
+    assert capsys.readouterr().out.splitlines()[-1] == "items added: 0; answers added: 1"
     assert [one.answer for one in answered.answers(answered.batches()[1])] == [{"choice": "keep"}]
     emu("export", "--batch", batch.public_id, "--format", "log-csv")
     out = Path(capsys.readouterr().out.strip())
