@@ -30,7 +30,7 @@ def test_no_acknowledged_vote_is_lost(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twenty people, three hundred votes, two kills."""
-    monkeypatch.setattr(annotation, "THINK_SECONDS", 0.02)
+    monkeypatch.setattr(annotation, "THINK_SECONDS", 0.2)
     url = None if kind == "sqlite" else request.getfixturevalue("postgresql_url")
     found = load_on(tmp_path / "store", url, annotators=20, votes=300, kills=2)
     assert (found["votes"], found["kills"]) == (300, 2)
