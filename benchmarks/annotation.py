@@ -24,6 +24,7 @@ import random
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +126,8 @@ def vote_under_kills(
     def decide(pictures: Mapping[str, bytes]) -> Answer:
         return {"choice": rng.choice(("left", "tie", "right"))}
 
-    workers = [Worker(served.url, session, decide, think) for session in sessions]
+    gone = threading.Event()
+    workers = [Worker(served.url, session, decide, think, gone) for session in sessions]
 
     def num_votes() -> int:
         return sum(len(worker.votes) for worker in workers)
@@ -136,7 +138,11 @@ def vote_under_kills(
             while num_votes() < number * votes / (kills + 1) and not all(each.done() for each in working):
                 time.sleep(0.01)
             served.kill()
-            served.start()
+            try:
+                served.start()
+            except RuntimeError:
+                gone.set()
+                raise
         for each in working:
             each.result()
     return workers

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -173,7 +174,7 @@ class Acknowledged:
 
 @dataclass
 class Worker:
-    """A person at the working page: holds a few tasks, loads their pictures, answers, and never gives up.
+    """A person at the working page: holds a few tasks, loads their pictures, answers, and sends again.
 
     Made for a thread of its own, and of the plainest client there is, since it shares the machine with the
     server.
@@ -183,6 +184,7 @@ class Worker:
         session: the cookie's value.
         decide: the person's judgement.
         think: takes as long as the person does.
+        gone: set where the server will not come back, so that nobody waits for it.
 
     Attributes:
         votes: that were acknowledged, in their order.
@@ -194,6 +196,7 @@ class Worker:
     session: str
     decide: Decide
     think: Callable[[], None] = lambda: None
+    gone: threading.Event = field(default_factory=threading.Event)
     votes: list[Acknowledged] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -212,7 +215,7 @@ class Worker:
                 if is_over():
                     self._connection.close()
                     return
-                time.sleep(1)  # someone may hold what this person could still answer
+                self.think()  # then looks again: someone may have held what this person could answer
 
     def _vote(self, task: Mapping[str, Any]) -> None:
         shown_at, pictures, seen, loaded_at = time.time(), {}, {}, {}
@@ -247,6 +250,8 @@ class Worker:
                 response = self._connection.getresponse()
                 content = response.read()
             except (OSError, http.client.HTTPException):
+                if self.gone.is_set():
+                    raise
                 self._connection.close()  # the next request opens it again
                 time.sleep(0.1)
                 continue

@@ -1,7 +1,7 @@
 """From two models to a report, with people made of code: judge through the application, count, report.
 
-    emu quickstart
-    python -m benchmarks.annotation_miniature --out runs/people
+    emu generators --names '[latent]'
+    python -m benchmarks.annotation_miniature --results results/evaluation/results.json
 
 Each person sees what the exact judge of the synthetic world sees in the pictures' pixels, and says it with a
 known accuracy, else one of the other answers. They vote at the real server, `emu annotate` exports the votes,
@@ -25,10 +25,21 @@ from emu_lightning.annotation.exchange import folder_items
 from emu_lightning.annotation.store import Batch, Store
 from emu_lightning.evaluation.generation import read_folder, to_images
 from emu_lightning.evaluation.votes import append_judgements
+from emu_lightning.files import write_whole
 from emu_lightning.verbs.evaluate import main as evaluate
 from emu_lightning.verbs.world_checks import JudgeOnce
 
 ACCURACIES = (0.95, 0.9, 0.9, 0.85, 0.8, 0.75)
+KEPT = (
+    "num_votes",
+    "win_rate",
+    "win_rate_ci95",
+    "win_minus_lose",
+    "win_minus_lose_ci95",
+    "no_majority",
+    "agreement",
+    "position",
+)
 APPEAL_MARGIN = 0.02  # nearer than this the judge has no preference, as in `emu evaluate`
 OPTIONS = {"appeal": ("left", "tie", "right"), "faithfulness": ("left", "both", "neither", "right")}
 
@@ -79,14 +90,15 @@ def vote(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Judges, writes votes and report into ``--out``; what ``results.json`` there says."""
+    """Judges, writes votes and report into ``--out``; what came out by question."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/quickstart"), help="folder with base and tuned"
+        "--run", type=Path, default=Path("runs/generators/latent"), help="folder with base and tuned"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/people"), help="folder, made")
+    parser.add_argument("--results", type=Path, help="JSON file; what came out is kept in it as `miniature`")
     given = parser.parse_args(sys.argv[1:] if argv is None else argv)
     base, tuned = given.run / "base", given.run / "tuned"
     scores = read([base, tuned])
@@ -107,9 +119,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         append_judgements(votes, judgements(store, batch))
     store.close()
     report = given.out / "report"
-    evaluate(["votes", "--votes", str(votes), "--a", str(base), "--b", str(tuned), "--out", str(report)])
-    results: dict[str, Any] = json.loads((report / "results.json").read_text())
-    return results
+    title = "Pre-trained and tuned, judged by simulated people"
+    folders = ["--a", str(base), "--b", str(tuned), "--out", str(report)]
+    evaluate(["votes", "--votes", str(votes), *folders, "--title", title])
+    comparisons = json.loads((report / "results.json").read_text())["comparisons"]
+    found = {one["question"]: {name: one[name] for name in KEPT} for one in comparisons}
+    found |= {"accuracies": ACCURACIES, "command": "python -m benchmarks.annotation_miniature"}
+    if given.results is not None:
+        known = json.loads(given.results.read_text()) if given.results.is_file() else {}
+        write_whole(given.results, json.dumps(known | {"miniature": found}, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from emu_lightning.files import write_whole
 from emu_lightning.verbs.arguments import call
 
-if TYPE_CHECKING:  # their packages may not be installed
+if TYPE_CHECKING:  # its packages may not be installed; jsonargparse imports it for what has a signature
     from emu_lightning.annotation.store import Batch, NewItem, Store
-    from emu_lightning.data.world import World
 
 FOLDER = "runs/annotation"
 PORT = 8344
@@ -258,15 +257,9 @@ def fill(store: Store, folder: Path) -> None:
     from emu_lightning.annotation.store import NewItem
 
     pool = folder / "pool"
-    world = draw_world(pool, seed=1, skilled_fraction=0.3)
     pictures = [
-        NewItem(
-            f"{row:05d}",
-            {"A": (pool / f"{row:05d}.png", None)},
-            caption=world.text(row),
-            group=world.describe(row)[0].background,
-        )
-        for row in range(len(world))
+        NewItem(f"{row:05d}", {"A": (pool / f"{row:05d}.png", None)}, caption=caption, group=concept)
+        for row, (caption, concept) in enumerate(draw_world(pool, seed=1, skilled_fraction=0.3))
     ]
     pair = [QUICKSTART / "base", QUICKSTART / "tuned"]
     if not all((each / "manifest.json").is_file() for each in pair):
@@ -285,8 +278,8 @@ def fill(store: Store, folder: Path) -> None:
         _put(store, _new_batch(store, question), items)
 
 
-def draw_world(folder: Path, seed: int, skilled_fraction: float) -> World:
-    """Draws pictures of the synthetic world into a folder such as `emu sample` makes."""
+def draw_world(folder: Path, seed: int, skilled_fraction: float) -> list[tuple[str, str]]:
+    """Draws the synthetic world into a folder such as `emu sample` makes; captions and backgrounds."""
     from PIL import Image
 
     from emu_lightning.data.world import World
@@ -295,9 +288,10 @@ def draw_world(folder: Path, seed: int, skilled_fraction: float) -> World:
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(len(world)):
         Image.fromarray(world[row].image).save(folder / f"{row:05d}.png")
-    prompts = [world.text(row) for row in range(len(world))]
+    scenes = [world.describe(row)[0] for row in range(len(world))]
+    prompts = [scene.caption for scene in scenes]
     write_whole(folder / "manifest.json", json.dumps({"prompts": prompts}, indent=1) + "\n")
-    return world
+    return [(scene.caption, scene.background) for scene in scenes]
 
 
 def find_batch(store: Store, name: str) -> Batch:

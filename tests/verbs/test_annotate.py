@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -131,6 +133,22 @@ def test_other_machines_without_https_are_warned_of(
     assert app.state.settings.is_https == is_https
     if is_https:
         assert "https://pictures.example.org/join/" in told.out
+
+
+@pytest.mark.smoke
+def test_a_server_of_what_is_there_does_without_torch(answered: Store) -> None:
+    """It would take hundreds of megabytes, and seconds at each start."""
+    script = """
+import sys
+from emu_lightning.annotation import server
+from emu_lightning.verbs import annotate
+server.serve = lambda app, host, port: None
+annotate.main(["--port", sys.argv[1]])
+print("torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", script, str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
