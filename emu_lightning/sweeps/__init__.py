@@ -1,1 +1,0 @@
-"""W&B sweep files, run on this machine without a server. Knows neither torch nor Lightning nor W&B."""
