@@ -338,6 +338,7 @@ def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
 
 def _write_whole_beside_others(path: Path, content: bytes) -> None:
     """As :func:`.files.write_whole`, where another process may write the same file at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)

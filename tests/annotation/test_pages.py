@@ -271,9 +271,10 @@ def test_what_is_taken_out_can_be_brought_in_elsewhere(visit, crew, sqlite_store
 
     assert "Added 2 items and 2 answers." in bring(csv).text
     assert "Added 0 items and 0 answers." in bring(csv).text
-    assert [one.answer for one in sqlite_store.answers(other)] == [
-        one.answer for one in sqlite_store.answers(batch)
-    ]
+    there, here = (
+        {one.item.name: one.answer for one in sqlite_store.answers(each)} for each in (other, batch)
+    )
+    assert there == here
     outside = bring(b"item,path_a,path_b\nx,/etc/passwd,/etc/passwd\n")
     assert outside.status_code == 422 and 'role="alert"' in outside.text and "root:" not in outside.text
     assert sqlite_store.refusals()[0].what == f"422 POST {url}/import"
