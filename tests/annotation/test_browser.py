@@ -296,7 +296,7 @@ def test_a_lost_reply_is_asked_for_again_and_counts_once(enter: Enter, site: Sit
     assert nonces[0] == nonces[1] == nonces[2] != nonces[3]
     assert site.choices(batch) == ["left", "right"]
     page.wait_for_function("!document.querySelector('#note').classList.contains('warn')")
-    assert page.evaluate("Object.keys(localStorage).filter((key) => key.includes('.answer.'))") == []
+    page.wait_for_function("!Object.keys(localStorage).some((key) => key.includes('.answer.'))")
 
 
 def test_an_answer_outlives_the_page_and_the_session(enter: Enter, site: Site) -> None:
