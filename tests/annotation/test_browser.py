@@ -143,10 +143,10 @@ def enter(browser: Any, site: Site) -> Iterator[Enter]:
         context.close()
 
 
-def settled(page: Any, count: Callable[[], int], number: int) -> None:
-    """Waits until so many answers are on disk."""
+def settled(page: Any, count: Callable[[], Any], number: Any) -> None:
+    """Waits until so many answers are on disk, or something else is so."""
     deadline = time.monotonic() + 20
-    while count() < number and time.monotonic() < deadline:
+    while count() != number and time.monotonic() < deadline:
         page.wait_for_timeout(20)
     assert count() == number
 
@@ -211,7 +211,7 @@ def test_no_answer_before_both_pictures_are_shown(enter: Enter, site: Site) -> N
     page.route("**/pictures/*/right", lambda route: held.append(route))
     page.goto(f"{site.url}/work/{batch.public_id}")
     page.locator("#begin").click()
-    page.wait_for_function("document.querySelectorAll('.pane').length === 2")
+    settled(page, lambda: page.evaluate("document.querySelectorAll('.pane').length"), 2)
     while not held:
         page.wait_for_timeout(20)
     page.keyboard.press("ArrowLeft")
@@ -295,8 +295,10 @@ def test_a_lost_reply_is_asked_for_again_and_counts_once(enter: Enter, site: Sit
     settled(page, lambda: len(site.choices(batch)), 2)
     assert nonces[0] == nonces[1] == nonces[2] != nonces[3]
     assert site.choices(batch) == ["left", "right"]
-    page.wait_for_function("!document.querySelector('#note').classList.contains('warn')")
-    page.wait_for_function("!Object.keys(localStorage).some((key) => key.includes('.answer.'))")
+    warned = "document.querySelector('#note').classList.contains('warn')"
+    settled(page, lambda: page.evaluate(warned), False)
+    kept = "Object.keys(localStorage).filter((key) => key.includes('.answer.'))"
+    settled(page, lambda: page.evaluate(kept), [])
 
 
 def test_an_answer_outlives_the_page_and_the_session(enter: Enter, site: Site) -> None:
