@@ -21,16 +21,14 @@ import argparse
 import io
 import json
 import random
-import shlex
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import comb
 from pathlib import Path
@@ -52,8 +50,8 @@ from benchmarks.annotation_client import (
     join,
     postgresql,
 )
+from benchmarks.parts import run_parts
 from emu_lightning.annotation.store import Batch, NewItem, Store
-from emu_lightning.evaluation.comparison_page import environment
 from emu_lightning.evaluation.votes import majority_labels, read_judgements, wilson_ci95, win_rate
 from emu_lightning.files import write_whole
 
@@ -364,25 +362,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="all when left out")
     arguments = parser.parse_args(argv)
-    path = arguments.out / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    for name in arguments.parts:
-        begun = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            made = parts[name](Path(folder), arguments)
-        changed = [
-            f"--{option}={value}"
-            for option, value in vars(arguments).items()
-            if option not in ("out", "parts") and value != parser.get_default(option)
-        ]
-        command = shlex.join(["python", "-m", "benchmarks.annotation", "--parts", name, *changed])
-        made["about"] = results.get("about", {}) | {
-            name: {"command": command, "seconds": round(time.monotonic() - begun, 1), **environment()}
-        }
-        results |= made
-        write_whole(path, json.dumps(results, indent=1) + "\n")
-        print(json.dumps(made, indent=1), flush=True)
-    return results
+    options = [
+        f"--{option}={value}"
+        for option, value in vars(arguments).items()
+        if option not in ("out", "parts") and value != parser.get_default(option)
+    ]
+    chosen = {name: partial(parts[name], given=arguments) for name in arguments.parts}
+    return run_parts(arguments.out, chosen, "benchmarks.annotation", options)
 
 
 if __name__ == "__main__":

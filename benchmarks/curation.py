@@ -30,9 +30,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.curation_fuzz import fuzz
+from benchmarks.parts import run_parts
 from emu_lightning.curation.engine import Task
 from emu_lightning.curation.filters import READABLE
 from emu_lightning.curation.ingest import Folder, write_pool
 from emu_lightning.curation.scorer import Scorer
 from emu_lightning.curation.scorers import Clip, Hashes, Photometry
 from emu_lightning.curation.scoring import ScoreShard
-from emu_lightning.evaluation.comparison_page import environment
 from emu_lightning.evaluation.votes import wilson_ci95
 from emu_lightning.files import write_whole
 from examples.planted_pool import write_pool as write_planted
@@ -89,15 +89,19 @@ def share(num: int, of: int) -> dict[str, Any]:
     }
 
 
-def filters(folder: Path, num: int) -> dict[str, Any]:
-    """Of each filter precision and recall on what reached it; and the photogenic pictures' way through."""
+def filters(folder: Path, num: int, page: Path) -> dict[str, Any]:
+    """Of each filter precision and recall on what reached it; and the photogenic pictures' way through.
+
+    Args:
+        page: where the run's report is kept.
+    """
     write_planted(folder / "planted", num, seed=0)
     curate(folder / "planted" / "pool", folder / "run")
     manifest = pq.read_table(folder / "run" / "manifest.parquet", columns=["uid", "selected", "rejected_by"])
     verdicts = {row["uid"]: row for row in manifest.to_pylist()}
     truth = pq.read_table(folder / "planted" / "truth.parquet").to_pylist()
     rows = [row | verdicts[row["uid"]] for row in truth]
-    shutil.copy(folder / "run" / "report.html", folder / "report.html")
+    write_whole(page, (folder / "run" / "report.html").read_bytes())
     photographs = [row for row in rows if row["is_photograph"]]
     photogenic = [row for row in rows if row["planted"] == "photogenic"]
     passing = [row for row in photogenic if row["rejected_by"] is None]
@@ -376,7 +380,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path("results/curation"), help="folder")
     parser.add_argument("--scale", type=float, default=1.0, help="of numbers of pictures and runs")
     parts: dict[str, Callable[[Path, float], dict[str, Any]]] = {
-        "filters": lambda folder, scale: filters(folder, round(900 * scale)),
+        "filters": lambda folder, scale: filters(folder, round(900 * scale), arguments.out / "report.html"),
         "throughput": throughput,
         "million_rows": lambda folder, scale: million_rows(folder),
         "runners": lambda folder, scale: runners(folder, round(100 * scale)),
@@ -385,23 +389,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="all when left out")
     arguments = parser.parse_args(argv)
-    path = arguments.out / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    for name in arguments.parts:
-        begun = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            made = parts[name](Path(folder), arguments.scale)
-            if name == "filters":
-                write_whole(arguments.out / "report.html", (Path(folder) / "report.html").read_bytes())
-        options = [] if arguments.scale == 1 else ["--scale", f"{arguments.scale:g}"]
-        command = shlex.join(["python", "-m", "benchmarks.curation", "--parts", name, *options])
-        made["about"] = results.get("about", {}) | {
-            name: {"command": command, "seconds": round(time.monotonic() - begun, 1), **environment()}
-        }
-        results |= made
-        write_whole(path, json.dumps(results, indent=1) + "\n")
-        print(json.dumps(made, indent=1), flush=True)
-    return results
+    options = [] if arguments.scale == 1 else ["--scale", f"{arguments.scale:g}"]
+    chosen = {name: partial(parts[name], scale=arguments.scale) for name in arguments.parts}
+    return run_parts(arguments.out, chosen, "benchmarks.curation", options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,11 @@ import pyarrow as pa
 from PIL import Image
 
 Columns = Mapping[str, Sequence[Any]]
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash of all that scores depend on, given as what JSON knows."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

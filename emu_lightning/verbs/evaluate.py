@@ -11,7 +11,6 @@ emu evaluate votes --votes FILE --a DIR --b DIR        from votes to a report
 from __future__ import annotations
 
 import difflib
-import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from emu_lightning.evaluation.prompt_builder import Concepts, UnsafeScore
 from emu_lightning.evaluation.scorers import Scorer
 from emu_lightning.evaluation.votes import NoMajority, Question
 from emu_lightning.verbs.arguments import call
+from emu_lightning.weights import sha256
 
 if TYPE_CHECKING:
     from emu_lightning.evaluation.outcomes import Judged
@@ -170,7 +170,7 @@ def prompts(
         concepts=concepts,
         unsafe_score=unsafe_score,
         rewriter=rewriter,
-        source=f"{log} (sha256 {_sha256(log)})",
+        source=f"{log} (sha256 {sha256(Path(log))})",
     )
     for step in manifest["funnel"]:
         print(f"{step['step']:<22}{step['num_prompts']:>12,} prompts, typed {step['num_typed']:,} times")
@@ -406,7 +406,7 @@ def votes(
         before = judged[key].judgements if key in judged else []
         judged[key] = Judged(*names, prompts, [*before, *read_judgements(file)], pictures)
         facts |= {
-            file: f"sha256 {_sha256(file)}",
+            file: f"sha256 {sha256(Path(file))}",
             prompts.name: f"{len(prompts):,} prompts, sha256 {prompts.sha256}",
             folder_a: pictures[0].origin,
             folder_b: pictures[1].origin,
@@ -544,8 +544,3 @@ def _check_names(judged: Sequence[Judged]) -> None:
             f"{num} comparisons are of {b!r} with {a!r} on {name!r}: tell them apart by --a_name and "
             "--b_name, or by the names of the prompt sets"
         )
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

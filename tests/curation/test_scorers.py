@@ -13,7 +13,7 @@ from emu_lightning.curation.scorer import Picture
 from emu_lightning.curation.scorers import Hashes, Photometry, Watermark
 from emu_lightning.curation.scorers.hashes import chroma, perceptual_hash
 from emu_lightning.curation.scorers.photometry import border, colourfulness, repetition, sharpness
-from emu_lightning.curation.scorers.weights import find_weights
+from emu_lightning.weights import find_weights
 
 PHOTOGRAPHS = ["astronaut", "camera", "chelsea", "coffee", "coins", "rocket"]
 

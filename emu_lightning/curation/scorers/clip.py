@@ -13,8 +13,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from emu_lightning.curation.scorer import Columns, Derived, Picture, Scorer
-from emu_lightning.curation.scorers.weights import find_in, find_weights, fingerprint, offline, sha256
+from emu_lightning.curation.scorer import Columns, Derived, Picture, Scorer, fingerprint
+from emu_lightning.weights import (
+    OPEN_CLIP_CHECKPOINTS,
+    OPEN_CLIP_CONFIG,
+    find_checkpoint,
+    find_weights,
+    offline,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +29,6 @@ if TYPE_CHECKING:
 Embeddings = NDArray[np.float32]  # (B, D), rows of length 1
 EmbedTexts = Callable[[Sequence[str]], Embeddings]
 
-CONFIG = "open_clip_config.json"
-CHECKPOINTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 AESTHETIC_RANGE = (-10.0, 20.0)  # LAION's answer is 1 to 10, rarely a little more
 
 
@@ -313,7 +318,7 @@ class Clip(Scorer):
         if self.model is not None and (config.get("hf_tokenizer_name") or "siglip" in architecture.lower()):
             raise ValueError(
                 f"{architecture} has a tokenizer of its own, which {self.weights} does not bring: give the "
-                f"folder or hub id that holds both, with {CONFIG}, and no model"
+                f"folder or hub id that holds both, with {OPEN_CLIP_CONFIG}, and no model"
             )
         self._device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -399,15 +404,8 @@ class Clip(Scorer):
 
     def _source(self) -> tuple[str, Path]:
         """open_clip's name of the architecture, and the file of weights."""
-        path = find_weights(self.weights)
-        if path.is_file():
-            if self.model is None:
-                raise ValueError(f"{self.weights} is a file of weights: name the architecture by model")
-            return self.model, path
-        if self.model is not None:
-            raise ValueError(f"{self.weights} brings its architecture, in {CONFIG}: leave out model")
-        find_in(path, [CONFIG])
-        return f"local-dir:{path}", find_in(path, CHECKPOINTS)
+        path = find_checkpoint(self.weights, self.model, OPEN_CLIP_CONFIG, OPEN_CLIP_CHECKPOINTS)
+        return self.model or f"local-dir:{path.parent}", path
 
     def _dim(self) -> int:
         dim: int = self._config()["embed_dim"]
@@ -417,7 +415,7 @@ class Clip(Scorer):
         """open_clip's description of the network, without importing it: that takes seconds."""
         _, checkpoint = self._source()
         if self.model is None:
-            return json.loads((checkpoint.parent / CONFIG).read_text())["model_cfg"]
+            return json.loads((checkpoint.parent / OPEN_CLIP_CONFIG).read_text())["model_cfg"]
         spec = importlib.util.find_spec("open_clip")
         assert spec is not None and spec.origin is not None
         path = Path(spec.origin).parent / "model_configs" / f"{self.model}.json"

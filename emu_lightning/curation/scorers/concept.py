@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from emu_lightning.curation.scorer import Columns, Picture, Scorer
-from emu_lightning.curation.scorers.weights import find_in, find_weights, fingerprint, offline, sha256
+from emu_lightning.curation.scorer import Columns, Picture, Scorer, fingerprint
+from emu_lightning.weights import find_in, find_weights, offline, sha256
 
 CONFIG = "config.json"
 CHECKPOINTS = ["model.safetensors", "pytorch_model.bin"]

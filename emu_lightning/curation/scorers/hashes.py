@@ -9,8 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from emu_lightning.curation.scorer import Columns, Picture, Scorer
-from emu_lightning.curation.scorers.weights import fingerprint
+from emu_lightning.curation.scorer import Columns, Picture, Scorer, fingerprint
 
 SIDE, KEPT = 32, 8  # of the picture that is transformed; of its lowest frequencies, in both directions
 # DCT-II without its factors, which all frequencies share and no comparison with their median depends on.

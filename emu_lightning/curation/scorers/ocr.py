@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from emu_lightning.curation.scorer import Columns, Picture, Scorer
-from emu_lightning.curation.scorers.weights import find_in, find_weights, fingerprint, sha256
+from emu_lightning.curation.scorer import Columns, Picture, Scorer, fingerprint
+from emu_lightning.weights import find_in, find_weights, sha256
 
 DETECTORS = ["PP-OCRv6_det_small.onnx"]
 RECOGNISERS = ["PP-OCRv6_rec_small.onnx"]

@@ -10,8 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from emu_lightning.curation.scorer import Columns, Picture, Scorer
-from emu_lightning.curation.scorers.weights import fingerprint
+from emu_lightning.curation.scorer import Columns, Picture, Scorer, fingerprint
 
 SAMPLE = 96  # pixels a side that tones and colours are counted on
 FOCUS_SIDE = 512  # pixels that the shorter side is thought to have when sharpness is measured

@@ -18,10 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from emu_lightning.evaluation.generation import to_uint8
-from emu_lightning.evaluation.metrics.weights import (
+from emu_lightning.weights import (
     CHECKPOINTS,
+    OPEN_CLIP_CHECKPOINTS,
+    OPEN_CLIP_CONFIG,
     VOCABULARY_FILES,
     checkpoint_files,
+    find_checkpoint,
     find_in,
     find_weights,
     first_line,
@@ -32,9 +35,6 @@ from emu_lightning.evaluation.metrics.weights import (
 
 Pictures = Tensor | Sequence[Image.Image]  # images (N, 3, H, W) in [-1, 1], or N pictures of any sizes
 Embeddings = NDArray[np.float32]  # (N, D)
-
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_CHECKPOINTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 
 
 @dataclass(frozen=True)
@@ -258,17 +258,7 @@ class OpenClipEmbedder(_PretrainedReader):
         return f"open_clip {self.model or label(self.weights)}"
 
     def _files(self) -> list[Path]:
-        path = find_weights(self.weights)
-        if path.is_file():
-            if self.model is None:
-                raise ValueError(f"{self.weights} is a file of weights: name the architecture by model")
-            return [path]
-        if self.model is not None:
-            raise ValueError(
-                f"{self.weights} brings its architecture, in {OPEN_CLIP_CONFIG}: leave out model"
-            )
-        find_in(path, [OPEN_CLIP_CONFIG])
-        return [find_in(path, OPEN_CLIP_CHECKPOINTS)]
+        return [find_checkpoint(self.weights, self.model, OPEN_CLIP_CONFIG, OPEN_CLIP_CHECKPOINTS)]
 
     def _read(self) -> nn.Module:
         import open_clip
@@ -415,15 +405,7 @@ class TimmEmbedder(_Pretrained):
         return f"timm {self.model or label(self.weights)}"
 
     def _files(self) -> list[Path]:
-        path = find_weights(self.weights)
-        if path.is_file():
-            if self.model is None:
-                raise ValueError(f"{self.weights} is a file of weights: name the architecture by model")
-            return [path]
-        if self.model is not None:
-            raise ValueError(f"{self.weights} brings its architecture, in config.json: leave out model")
-        find_in(path, ["config.json"])
-        return [find_in(path, CHECKPOINTS)]
+        return [find_checkpoint(self.weights, self.model, "config.json", CHECKPOINTS)]
 
     def _read(self) -> nn.Module:
         import timm

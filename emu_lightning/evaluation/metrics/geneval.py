@@ -18,8 +18,8 @@ import numpy as np
 from emu_lightning.evaluation.generation import write_png
 from emu_lightning.evaluation.metrics.embedders import Network, Pictures, to_pil
 from emu_lightning.evaluation.metrics.measured import Measured
-from emu_lightning.evaluation.metrics.weights import sha256
 from emu_lightning.files import write_whole
+from emu_lightning.weights import sha256
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from emu_lightning.evaluation.metrics.embedders import Network, Pictures, batches, default_device
 from emu_lightning.evaluation.metrics.picture_scorers import PictureScorer, Scores, affine_map
-from emu_lightning.evaluation.metrics.weights import (
+from emu_lightning.weights import (
     VOCABULARY_FILES,
     find_in,
     find_weights,

@@ -23,7 +23,7 @@ from emu_lightning.evaluation.metrics.embedders import (
     TransformersClip,
     network_of,
 )
-from emu_lightning.evaluation.metrics.weights import (
+from emu_lightning.weights import (
     find_weights,
     joint_sha256,
     label,

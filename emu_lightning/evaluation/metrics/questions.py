@@ -21,8 +21,8 @@ from emu_lightning.evaluation.generation import write_png
 from emu_lightning.evaluation.metrics.embedders import Network, Pictures, to_pil
 from emu_lightning.evaluation.metrics.picture_scorers import PictureScorer, Scores
 from emu_lightning.evaluation.metrics.vlm import VisionLanguageModel
-from emu_lightning.evaluation.metrics.weights import sha256
 from emu_lightning.files import write_whole
+from emu_lightning.weights import sha256
 
 QUESTIONS = "questions.jsonl"
 

@@ -13,7 +13,7 @@ from emu_lightning.evaluation.metrics.geneval import read_geneval
 from emu_lightning.evaluation.metrics.measured import Measured
 from emu_lightning.evaluation.metrics.picture_scorers import PictureScorer, Scores
 from emu_lightning.evaluation.metrics.set_metrics import SetMetric, embed
-from emu_lightning.evaluation.metrics.weights import first_line
+from emu_lightning.weights import first_line
 
 MISSING = (OSError, ValueError, ImportError)  # weights, files, packages; anything else is a defect
 

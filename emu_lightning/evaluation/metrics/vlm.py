@@ -17,7 +17,7 @@ from emu_lightning.evaluation.metrics.embedders import (
     to_pil,
 )
 from emu_lightning.evaluation.metrics.picture_scorers import PictureScorer, Scores
-from emu_lightning.evaluation.metrics.weights import (
+from emu_lightning.weights import (
     VOCABULARY_FILES,
     checkpoint_files,
     find_in,

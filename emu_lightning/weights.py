@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")  # as transformers and timm name them
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_CHECKPOINTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 VOCABULARY_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -53,6 +55,24 @@ def find_in(folder: Path, names: Sequence[str], what: str = "weights") -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"{folder} holds no {what} ({' or '.join(names)}): name the folder that does")
+
+
+def find_checkpoint(weights: str, model: str | None, config: str, checkpoints: Sequence[str]) -> Path:
+    """The file of weights: given by itself with the name of its architecture, or in a folder that says it.
+
+    Raises:
+        FileNotFoundError: it is not on this machine.
+        ValueError: the architecture is named twice, or not at all.
+    """
+    path = find_weights(weights)
+    if path.is_file():
+        if model is None:
+            raise ValueError(f"{weights} is a file of weights: name the architecture by model")
+        return path
+    if model is not None:
+        raise ValueError(f"{weights} brings its architecture, in {config}: leave out model")
+    find_in(path, [config])
+    return find_in(path, checkpoints)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
