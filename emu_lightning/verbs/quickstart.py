@@ -38,7 +38,7 @@ def quickstart(
 
     Args:
         run_dir: folder for everything.
-        scale: the one dial: pool, tuning steps and judged prompts grow with it. 1 is about four minutes on
+        scale: the one dial: pool, tuning steps and judged prompts grow with it. 1 is four to seven minutes on
             two cores; 0.2 is a look.
         from_scratch: first make a base of one's own (about an hour on two cores) instead of the carried one.
         device: auto, cpu, cuda, cuda:1, mps.
