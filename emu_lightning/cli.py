@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "upsample": ("upsample", "bring pictures of a manifest that are too small up to a size"),
     "export": ("export", "write a checkpoint as a folder of safetensors"),
     "miniature": ("miniature", "make a miniature base model from nothing"),
+    "sweep": ("sweep", "run a W&B sweep file on this machine, without a server"),
     "generators": ("generators", "tune and judge every carried base: latent, pixel, masked; one page"),
 }
 EXIT_USER_ERROR = 2

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from emu_lightning.callbacks.samples import pictures_of_the_start, side_by_side, write_step
+from emu_lightning.callbacks.samples import pictures_of_the_start, show, side_by_side, write_step
 from emu_lightning.evaluation.comparison import compare
 from emu_lightning.evaluation.generation import generate_pictures
 from emu_lightning.evaluation.prompts import read_lines
@@ -117,7 +117,10 @@ class PreferenceEvaluation(Callback):
 
     def _record(self, trainer: Trainer, tuned: Any) -> None:
         run = Path(trainer.default_root_dir)
-        write_step(trainer, side_by_side(self._start[: self.num_shown], tuned[: self.num_shown]))
+        num = self.num_shown
+        start, tuned = self._start[:num], tuned[:num]
+        write_step(trainer, side_by_side(start, tuned))
+        show(trainer, "samples", self.prompts[:num], self.seeds[:num], {"start": start, "tuned": tuned})
         _write(run / "preference.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         if self._best() is self.history[-1]:
             reason = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,34 @@ def picture_grid(pictures: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]
     cells[:num] = pictures
     grid = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
     return grid.reshape(rows * height, columns * width, 3)
+
+
+@runtime_checkable
+class ShowsPictures(Protocol):
+    """A logger that people look at pictures in."""
+
+    def log_pictures(
+        self,
+        name: str,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        pictures: Mapping[str, NDArray[np.uint8]],
+        step: int,
+    ) -> None:
+        """A row a prompt: prompt, seed, and of each of ``pictures`` (N, H, W, 3) one."""
+
+
+def show(
+    trainer: Trainer,
+    name: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    pictures: Mapping[str, NDArray[np.uint8]],
+) -> None:
+    """Gives pictures, by what they are, to the loggers that show any; for the first process."""
+    for logger in trainer.loggers:
+        if isinstance(logger, ShowsPictures):  # loggers number the steps from 0
+            logger.log_pictures(name, prompts, seeds, pictures, max(0, trainer.global_step - 1))
 
 
 class SampleGrid(Callback):
@@ -53,9 +81,10 @@ class SampleGrid(Callback):
         self._drawn_step = step
         seeds = range(self.first_seed, self.first_seed + len(self.prompts))
         # Every process draws: none has the whole weights where they are sharded. The first one writes.
-        grid = picture_grid(to_uint8(pl_module.generate(self.prompts, seeds)), self.columns)  # type: ignore[operator]
+        pictures = to_uint8(pl_module.generate(self.prompts, seeds))  # type: ignore[operator]
         if trainer.is_global_zero:
-            write_step(trainer, grid)
+            write_step(trainer, picture_grid(pictures, self.columns))
+            show(trainer, "samples", self.prompts, seeds, {"picture": pictures})
 
 
 @runtime_checkable
@@ -180,3 +209,4 @@ class SideBySide(Callback):
         tuned = to_uint8(pl_module.generate(self._columns, self._seeds))  # type: ignore[operator]
         if trainer.is_global_zero:
             write_step(trainer, side_by_side(self._start, tuned))
+            show(trainer, "samples", self._columns, self._seeds, {"start": self._start, "tuned": tuned})

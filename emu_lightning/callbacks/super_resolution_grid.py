@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from emu_lightning.callbacks.samples import picture_grid, write_step
+from emu_lightning.callbacks.samples import picture_grid, show, write_step
 from emu_lightning.data.batch import Batch, collate, resized
 from emu_lightning.data.datamodule import ImageData
 from emu_lightning.data.pictures import Pictures
@@ -78,5 +78,7 @@ class SuperResolutionGrid(Callback):
         made = pl_module.upsample(small.to(pl_module.device), self._batch.texts, seeds).cpu()
         enlarged = small.repeat_interleave(pl_module.factor, 2).repeat_interleave(pl_module.factor, 3)
         if trainer.is_global_zero:
-            rows = to_uint8(torch.cat([enlarged, made, originals]))
-            write_step(trainer, picture_grid(rows, columns=len(small)))
+            rows = [to_uint8(images) for images in (enlarged, made, originals)]
+            write_step(trainer, picture_grid(np.concatenate(rows), columns=len(small)))
+            columns = dict(zip(("small", "made", "original"), rows, strict=True))
+            show(trainer, "samples", self._batch.texts, seeds, columns)

@@ -50,7 +50,8 @@ class ImageData(LightningDataModule, ABC):
         num_workers: processes that decode pictures; none are used with cached latents.
         crop: `center` or `random`.
         use_flip: mirror half of the pictures. Off, because captions may say left or right.
-        subset_size: train on so many pictures only; smaller subsets are inside larger ones.
+        subset_size: train on so many pictures only; smaller subsets are inside larger ones. With 0 training
+            ends before it begins, with the model as it was.
         subset_seed: another seed is another subset.
         selection: file of uids to train on (text, one a line; or JSON).
         buckets: sizes other than the square, so that less is cropped; each batch has one of them. They have a
@@ -119,7 +120,9 @@ class ImageData(LightningDataModule, ABC):
             self._sources[stage] = made
         return self._sources[stage]
 
-    def _chosen(self) -> Source:
+    def _chosen(self) -> Source | None:
+        if self.subset_size == 0:
+            return None
         source = self.train_source()
         if self.selection is not None:
             source = Subset(source, find_uids(source, read_selection(self.selection)))
@@ -251,9 +254,10 @@ class ImageData(LightningDataModule, ABC):
             generator=torch.Generator(),  # else each start of the loader would draw from the global one
         )
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | list[Any]:
         dataset, bucketing = self._dataset("train"), self.bucketing("train")
-        assert dataset is not None
+        if dataset is None:
+            return _nothing()
         if bucketing is not None:
             rank_zero_info(bucketing.describe())
         self._sampler = ResumableBatchSampler(
@@ -265,9 +269,8 @@ class ImageData(LightningDataModule, ABC):
 
     def _finite(self, stage: Stage) -> DataLoader[Batch] | list[Any]:
         dataset, bucketing = self._dataset(stage), self.bucketing(stage)
-        if dataset is None:  # Lightning takes [] for nothing to do, but warns that it may be a mistake
-            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
-            return []
+        if dataset is None:
+            return _nothing()
         rank, world_size = self._ranks()
         local_size = local_batch_size(self.batch_size, world_size, self._num_accumulated)  # as in training
         groups = [np.arange(len(dataset))] if bucketing is None else bucketing.members
@@ -315,6 +318,12 @@ class ImageData(LightningDataModule, ABC):
                 f"the training data changed since the checkpoint ({'; '.join(changed)}): "
                 "the order is another from here on"
             )
+
+
+def _nothing() -> list[Any]:
+    """What Lightning takes for nothing to do; it would warn that it may be a mistake."""
+    warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")
+    return []
 
 
 def _begin_at_whole_step(trainer: Trainer) -> None:

@@ -50,8 +50,12 @@ class QualityTuningModule(Trainable):
 
         It draws with the overrides, so that nothing but the tuning differs, but under its own process.
         """
+        return self.load_like_start(self.init_from)
+
+    def load_like_start(self, path: str | Path) -> Generator:
+        """The generator in a folder or checkpoint, on this module's device, drawing as the start does."""
         kept = {name: value for name, value in self.overrides.items() if "process" not in name.split(".")}
-        return load_generator(self.init_from, kept).to(self.device).eval()
+        return load_generator(path, kept).to(self.device).eval()
 
     def on_fit_start(self) -> None:
         steps = self.trainer.max_steps

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentTypeError
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,6 +51,13 @@ class HandsOver(Protocol):
         """Writes them into ``folder``."""
 
 
+@runtime_checkable
+class LivesInRun(Protocol):
+    """A logger with files of its own."""
+
+    run_dir: str | Path
+
+
 class RunConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run folder, and hands it to the loggers (W&B)."""
 
@@ -64,6 +72,18 @@ class RunConfig(SaveConfigCallback):
         write_whole(Path(trainer.default_root_dir) / name, text)
         for logger in trainer.loggers:
             logger.log_hyperparams({"cli": yaml.safe_load(text)})
+
+
+def run_folder(path: str) -> str:
+    """What `--run_dir` names, with $NAME from the environment, so that each run of a sweep has its own.
+
+    Raises:
+        ArgumentTypeError: the environment has no such name.
+    """
+    filled = os.path.expandvars(path)
+    if "$" in filled:
+        raise ArgumentTypeError(f"{filled} has a name that the environment does not have")
+    return filled
 
 
 class EmuCLI(LightningCLI):
@@ -95,7 +115,12 @@ class EmuCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default="runs/unnamed", help="Folder for all of this run.")
+        parser.add_argument(
+            "--run_dir",
+            type=run_folder,
+            default="runs/unnamed",
+            help="Folder for all of this run; $NAME in it is read from the environment.",
+        )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.add_class_arguments(RunCheckpoint, "checkpoint")
 
@@ -138,8 +163,12 @@ class EmuCLI(LightningCLI):
         if configured is False:
             return False
         name = "metrics" if self.subcommand == "fit" else self.subcommand
-        metrics = MetricsFile(Path(self._get(self.config, "run_dir")) / f"{name}.csv")
-        return [metrics, *(_listed(configured) if configured is not True else [])]
+        run = self._get(self.config, "run_dir")
+        others = _listed(configured) if configured is not True else []
+        for logger in others:
+            if isinstance(logger, LivesInRun):
+                logger.run_dir = run
+        return [MetricsFile(Path(run) / f"{name}.csv"), *others]
 
     def after_instantiate_classes(self) -> None:
         last = last_checkpoint(self.trainer.default_root_dir)
