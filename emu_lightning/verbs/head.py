@@ -1,6 +1,6 @@
 """`emu head`: learns from labels of some pictures what a curation then finds in all of them.
 
-    emu head --run runs/curation/NAME --labels stage1.parquet --column keep --out heads/keep.safetensors
+emu head --run runs/curation/NAME --labels stage1.parquet --column keep --out heads/keep.safetensors
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from emu_lightning import cli
 from emu_lightning.callbacks import HeldOutEvaluation, PreferenceEvaluation
 from emu_lightning.callbacks.metrics import MetricsFile
 from emu_lightning.evaluation.comparison import compare
-from emu_lightning.evaluation.generation import generate_pictures, read_folder, to_uint8
+from emu_lightning.evaluation.generation import generate_pictures, read_folder, to_images, to_uint8
 from emu_lightning.modules import QualityTuningModule, load_generator
 from emu_lightning.resources import shipped
 from emu_lightning.verbs.world_checks import held_out_prompts
@@ -138,4 +138,38 @@ def test_a_set_of_no_pictures_leaves_the_base_as_it_is(in_tmp_path: Path) -> Non
     results = json.loads(Path("run/held_out/results.json").read_text())
     assert results["step-000000"]["against_start"]["appeal"]["tie_rate"] == 1
     assert metric("held_out/faithfulness") == [(0, results["step-000000"]["faithfulness"])]
-    assert set(results) == {"kept", "step-000000"} and not Path("run/chosen").exists()
+    assert set(results) == {"start", "kept", "step-000000"}
+    assert results["start"]["diversity"] == results["step-000000"]["diversity"] > 1
+    assert not Path("run/chosen").exists()
+
+
+class MeanColour:
+    """Places a picture by its mean colour."""
+
+    def embed_images(self, images: torch.Tensor) -> np.ndarray:
+        return images.double().mean((2, 3)).numpy()
+
+
+def test_diversity_is_that_of_other_seeds_of_the_same_prompts(base: Path) -> None:
+    evaluation = HeldOutEvaluation(
+        "prompts.txt", embedder=MeanColour(), num_varied=2, num_variations=3, at_steps=[1]
+    )
+    tune(base, 2, evaluation)
+    start = load_generator(base).eval()
+    variations = [
+        start.generate([prompt] * 3, range(3 + 3 * i, 6 + 3 * i)) for i, prompt in enumerate(PROMPTS[:2])
+    ]
+    expected = [
+        _effective_number(MeanColour().embed_images(to_images(to_uint8(each)))) for each in variations
+    ]
+    results = json.loads(Path("run/held_out/results.json").read_text())
+    assert results["start"]["diversity_by_prompt"] == pytest.approx(expected)
+    assert all(1 <= results[name]["diversity"] <= 3 for name in ("start", "step-000001", "step-000002"))
+    assert metric("held_out/diversity")[-1][1] == results["step-000002"]["diversity"]
+
+
+def _effective_number(x: np.ndarray) -> float:
+    """The exponential of the entropy of the eigenvalues of the cosines, as Friedman and Dieng define it."""
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    values = np.linalg.eigvalsh(x @ x.T / len(x)).clip(1e-300)
+    return float(np.exp(-(values * np.log(values)).sum()))
