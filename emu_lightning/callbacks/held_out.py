@@ -55,7 +55,7 @@ class HeldOutEvaluation(Callback):
     When training has ended the model that is kept is drawn, ``<run>/chosen`` where
     :class:`PreferenceEvaluation` chose one, else the last weights; and on the way that of each of
     ``at_steps``. Pictures go to ``<run>/held_out/chosen-<n>`` or ``<run>/held_out/step-<n>``, as `emu sample`
-    leaves them, so that people can be asked about them, too.
+    leaves them, so that people can be asked about them, too. It draws in the precision that training has.
 
     With a scorer it logs ``held_out/appeal`` and ``held_out/faithfulness``, means; and of quality-tuning,
     against its frozen start in ``<run>/held_out/start``, ``held_out/appeal_win_rate``,
@@ -135,13 +135,14 @@ class HeldOutEvaluation(Callback):
         for asked in self._asked:
             num, size = len(asked.prompts), trainer.world_size
             rows = [min(row, num - 1) for row in range(trainer.global_rank, num + -num % size, size)]
-            pictures = generate_pictures(
-                pl_module,
-                [asked.prompts[row] for row in rows],
-                [asked.seeds[row] for row in rows],
-                batch_size=self.batch_size,
-                description=f"held-out prompts: {name}",
-            )
+            with trainer.precision_plugin.val_step_context():
+                pictures = generate_pictures(
+                    pl_module,
+                    [asked.prompts[row] for row in rows],
+                    [asked.seeds[row] for row in rows],
+                    batch_size=self.batch_size,
+                    description=f"held-out prompts: {name}",
+                )
             drawn = dict(zip((asked.seeds[row] for row in rows), pictures, strict=True))
             self._fill(trainer, Drawn(drawn), asked, name, {})
         trainer.strategy.barrier("HeldOutEvaluation")
@@ -155,16 +156,17 @@ class HeldOutEvaluation(Callback):
     def _fill(
         self, trainer: Trainer, generator: Generates, asked: Asked, name: str, settings: dict[str, Any]
     ) -> None:
-        fill_folder(
-            generator,
-            asked.prompts,
-            asked.seeds,
-            _folder(trainer) / asked.folder / name,
-            settings=settings,
-            batch_size=self.batch_size,
-            description=f"held-out prompts: {name}",
-            share=(trainer.global_rank, trainer.world_size),
-        )
+        with trainer.precision_plugin.val_step_context():
+            fill_folder(
+                generator,
+                asked.prompts,
+                asked.seeds,
+                _folder(trainer) / asked.folder / name,
+                settings={**settings, "precision": str(trainer.precision)},
+                batch_size=self.batch_size,
+                description=f"held-out prompts: {name}",
+                share=(trainer.global_rank, trainer.world_size),
+            )
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, name: str, is_kept: bool) -> None:
         columns = {"picture": name}
