@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export", "write a checkpoint as a folder of safetensors"),
     "miniature": ("miniature", "make a miniature base model from nothing"),
     "sweep": ("sweep", "run a W&B sweep file on this machine, without a server"),
+    "dashboard": ("dashboard", "put runs side by side: ablations, stops, pictures, curves; one page"),
     "generators": ("generators", "tune and judge every carried base: latent, pixel, masked; one page"),
 }
 EXIT_USER_ERROR = 2

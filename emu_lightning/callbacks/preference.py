@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from emu_lightning.evaluation.comparison import compare
 from emu_lightning.evaluation.generation import generate_pictures
 from emu_lightning.evaluation.prompts import read_lines
 from emu_lightning.evaluation.scorers import Scorer
+from emu_lightning.evaluation.stopping import MAX_FAITHFULNESS_LOSS, REASON, choose_stop
+from emu_lightning.files import write_whole
 from emu_lightning.parallel import saves
 from emu_lightning.resources import shipped
 
@@ -46,7 +48,7 @@ class PreferenceEvaluation(Callback):
         prompts: str,
         every_n_train_steps: int = 50,
         patience: int = 3,
-        max_faithfulness_loss: float = 0.03,
+        max_faithfulness_loss: float = MAX_FAITHFULNESS_LOSS,
         first_seed: int = 10_000,
         batch_size: int = 64,
         num_shown: int = 16,
@@ -108,12 +110,9 @@ class PreferenceEvaluation(Callback):
         if since >= self.patience:
             trainer.should_stop = True
 
-    def _best(self) -> dict[str, float] | None:
+    def _best(self) -> Mapping[str, float] | None:
         """The entry to keep, by the rule above; None while every one lost too much faithfulness."""
-        faithful = [
-            e for e in self.history if e["faithfulness_win_minus_lose"] >= -self.max_faithfulness_loss
-        ]
-        return max(faithful, key=lambda entry: entry["appeal_win_minus_lose"], default=None)
+        return choose_stop(self.history, self.max_faithfulness_loss)
 
     def _record(self, trainer: Trainer, tuned: Any) -> None:
         run = Path(trainer.default_root_dir)
@@ -121,22 +120,15 @@ class PreferenceEvaluation(Callback):
         start, tuned = self._start[:num], tuned[:num]
         write_step(trainer, side_by_side(start, tuned))
         show(trainer, "samples", self.prompts[:num], self.seeds[:num], {"start": start, "tuned": tuned})
-        _write(run / "preference.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+        write_whole(run / "preference.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         if self._best() is self.history[-1]:
-            reason = (
-                "highest appeal win minus lose so far, faithfulness win minus lose not below "
-                f"{-self.max_faithfulness_loss}"
+            reason = REASON.format(-self.max_faithfulness_loss)
+            write_whole(
+                run / "chosen.json", json.dumps({**self.history[-1], "reason": reason}, indent=1) + "\n"
             )
-            _write(run / "chosen.json", json.dumps({**self.history[-1], "reason": reason}, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

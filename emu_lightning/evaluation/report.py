@@ -30,7 +30,7 @@ from emu_lightning.files import write_whole
 
 Pictures = NDArray[np.uint8]
 
-_NUM_COLOURS = 4  # series colours in report.css
+_NUM_COLOURS = 6  # series colours in report.css
 _CHART_HEIGHT = 220  # pixels
 _SHOWN_SIDE = 144  # pixels a small picture is about enlarged to
 _LOSSLESS_SIDE, _MAX_SIDE = 128, 256  # pixels; larger pictures become JPEG, and are reduced
@@ -318,7 +318,7 @@ def line_chart(
 
     Args:
         title: what is measured.
-        series: up to four lines over the same kind of ``x``.
+        series: up to six lines over the same kind of ``x``.
         x_label: what ``x`` counts.
         detail: a remark beside the title.
         unit: ``%`` for shares in [0, 1].
@@ -388,6 +388,7 @@ def line_chart(
     labels = [
         _text(1, at + 4, line.name, css="wide name", dx=12, style=f"fill:var(--series-{index})")
         for index, (at, line) in enumerate(zip(_apart(ends), lines, strict=True))
+        if len(lines) > 1  # else the title says it
     ]
     stretched = tag(
         "svg", *paths, viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=_CHART_HEIGHT
@@ -397,7 +398,142 @@ def line_chart(
         _CHART_HEIGHT,
         [*frame, stretched, *dots, *labels],
     )
+    if len(lines) == 1:
+        return _figure(title, detail, tag("div", chart, css="chart plain"))
     return _figure(title, detail, tag("div", tag("p", *legend, css="legend narrow"), chart, css="chart"))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was measured at one place of an :func:`interval_chart`.
+
+    Args:
+        name: of the place.
+        value: the mean.
+        ci95: of the mean; None where it is not known.
+        singles: what the mean is of.
+        reported: what somebody else reports there.
+    """
+
+    name: str
+    value: float
+    ci95: Interval | None = None
+    singles: Sequence[float] = ()
+    reported: float | None = None
+
+
+def interval_chart(
+    title: str, readings: Sequence[Reading], *, x_label: str, unit: Literal["", "%"] = "", reported: str = ""
+) -> Html:
+    """Means with their 95 % intervals, one beside the other; every single measurement is a small dot.
+
+    Args:
+        title: what is measured.
+        readings: from left to right; distances between them mean nothing.
+        x_label: what their names are.
+        unit: ``%`` for shares in [0, 1].
+        reported: whose the other figures are, drawn as rings.
+    """
+    shown = [
+        y
+        for one in readings
+        for y in (one.value, *(one.ci95 or ()), *one.singles, one.reported)
+        if y is not None
+    ]
+    ticks = _ticks(min(shown), max(shown))
+
+    def down(y: float) -> float:
+        return round(_CHART_HEIGHT * (ticks[-1] - y) / (ticks[-1] - ticks[0]), 1)
+
+    drawing = [_text(0.5, _CHART_HEIGHT + 40, x_label, anchor="middle")]
+    for tick in ticks:
+        drawing += [
+            tag("line", css="axis", x1="0", x2="100%", y1=down(tick), y2=down(tick)),
+            _text(0, down(tick) + 4, _tick_label(tick, ticks, unit), anchor="end", dx=-8),
+        ]
+    for index, one in enumerate(readings):
+        at = (index + 0.5) / len(readings)
+        drawing.append(_text(at, _CHART_HEIGHT + 20, one.name, anchor="middle"))
+        if one.ci95 is not None:
+            y1, y2 = map(down, one.ci95)
+            drawing.append(tag("line", css="whisker", x1=_pc(at), x2=_pc(at), y1=y1, y2=y2))
+        drawing.append(_dot(at, down(one.value)))
+        drawing += [tag("circle", css="single", cx=_pc(at), cy=down(y), r=2) for y in one.singles]
+        if one.reported is not None:
+            drawing.append(tag("circle", css="point reported", cx=_pc(at), cy=down(one.reported), r=5))
+    legend = [tag("span", f"○ {reported}")] if any(one.reported is not None for one in readings) else []
+    words = ", ".join(f"{one.name}: {one.value:.4g}" for one in readings)
+    chart = tag("div", _svg(f"{title}; {words}", _CHART_HEIGHT, drawing), css="chart plain")
+    return _figure(title, "", tag("p", *legend, css="legend"), chart)
+
+
+def parallel_chart(
+    title: str, axes: Mapping[str, Sequence[float | str | None]], groups: Sequence[str], *, detail: str = ""
+) -> Html:
+    """A line for each run through all axes: settings on the left, what came of them on the right.
+
+    Args:
+        title: what is shown.
+        axes: name -> a value for each run; texts stand in the order in which they come. A line has a gap
+            where there is None.
+        groups: for each run the name that gives it its colour.
+        detail: a remark beside the title.
+    """
+    names = list(dict.fromkeys(groups))
+    colour = {name: f"var(--series-{index % _NUM_COLOURS})" for index, name in enumerate(names)}
+    places = np.linspace(0, 1, len(axes)) if len(axes) > 1 else np.array([0.5])
+    heights, drawing = [], []
+    for index, ((name, values), at) in enumerate(zip(axes.items(), places, strict=True)):
+        y, marks = _on_axis(values)
+        heights.append(y)
+        side, dx = ("start", 6) if at < 0.5 else ("end", -6)
+        drawing += [
+            _vertical(at, 0, _CHART_HEIGHT, "zero"),
+            # Neighbours' names stand at two heights, so that long ones do not meet.
+            _text(at, -12 - 18 * (index % 2), name, anchor=_anchor(at), css="ink"),
+            # Inside the frame, off the lines that run along its edges.
+            *(_text(at, 15 + (_CHART_HEIGHT - 21) * y, mark, anchor=side, dx=dx) for mark, y in marks),
+        ]
+    table = np.array(heights)  # (axes, runs)
+    lines = [
+        tag(
+            "path",
+            css="line thin",
+            stroke=colour[group],
+            vector_effect="non-scaling-stroke",
+            d=_path(places, table[:, run]),
+        )
+        for run, group in enumerate(groups)
+    ]
+    stretched = tag(
+        "svg", *lines, viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=_CHART_HEIGHT
+    )
+    legend = [tag("span", tag("i", style=f"background:{colour[name]}"), name) for name in names]
+    return _figure(
+        title,
+        detail,
+        tag("p", *legend, css="legend"),
+        tag(
+            "div",
+            _svg(f"{title}: {', '.join(axes)}", _CHART_HEIGHT, [stretched, *drawing]),
+            css="chart parallel",
+        ),
+    )
+
+
+def _on_axis(values: Sequence[float | str | None]) -> tuple[NDArray[np.float64], list[tuple[str, float]]]:
+    """How far down each value lies, as a share of the axis, NaN for None; and the marks at the axis."""
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) for value in known):
+        x = np.array([np.nan if value is None else float(value) for value in values])
+        low, high = (float(np.nanmin(x)), float(np.nanmax(x))) if known else (0.0, 0.0)
+        span = high - low or 1.0
+        marks = [(f"{high:.4g}", 0.0), (f"{low:.4g}", 1.0)] if high > low else [(f"{high:.4g}", 0.5)]
+        return (high - x) / span if high > low else np.where(np.isnan(x), np.nan, 0.5), marks
+    texts = list(dict.fromkeys(str(value) for value in known))
+    place = {text: (index + 0.5) / len(texts) for index, text in enumerate(texts)}
+    y = np.array([np.nan if value is None else place[str(value)] for value in values])
+    return y, list(place.items())
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ def test_a_chart_of_one_measurement_or_of_a_constant_can_be_drawn() -> None:
 
 @pytest.mark.parametrize(
     "series",
-    [[], [Series("a", [0, 1], [1])], [Series("a", [0], [float("nan")])], [Series("a", [0], [1])] * 5],
+    [[], [Series("a", [0, 1], [1])], [Series("a", [0], [float("nan")])], [Series("a", [0], [1])] * 7],
 )
 def test_charts_that_cannot_be_drawn_are_refused(series: list) -> None:
     with pytest.raises(ValueError, match="chart 'loss'"):
