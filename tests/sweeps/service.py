@@ -1,7 +1,7 @@
 """A stand-in of the W&B service on this machine: what its clients ask of it, answered from memory.
 
-It proves that the real `wandb sweep`, `wandb agent` and `wandb sync` are spoken to; not how the real server
-behaves.
+It proves that the real `wandb sweep`, `wandb agent`, `wandb sync` and `wandb.Api` are spoken to; not how the
+real server behaves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Service:
     given: dict[str, dict[str, Any]] = field(default_factory=dict)  # run -> parameters
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)  # run -> what UpsertBucket said, last
     history: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # run -> line number -> row
+    summary: dict[str, dict[str, Any]] = field(default_factory=dict)  # run -> last values
     exit_codes: dict[str, int] = field(default_factory=dict)
+    views: list[dict[str, Any]] = field(default_factory=list)  # workspaces and reports that were saved
     files: list[tuple[str, bytes]] = field(default_factory=list)  # uploaded, by name
     operations: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -134,6 +136,78 @@ class Service:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in asked["files"]]
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
 
+    # --- what is read back ----------------------------------------------------------------------------------
+
+    def _Runs(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """A page of one run, so that the client has to turn pages."""
+        project = [run for run, told in self.runs.items() if told["project"] == asked["project"]]
+        if not project:
+            return {"project": None}
+        sweep = json.loads(asked["filters"]).get("sweep")
+        runs = [run for run in project if sweep is None or self.runs[run].get("sweep") == sweep]
+        begin = runs.index(asked["cursor"]) + 1 if asked["cursor"] else 0
+        found = {
+            "internalId": 1,
+            "runCount": len(runs),
+            "readOnly": False,
+            "runs": {
+                "edges": [{"node": self._run(run), "cursor": run} for run in runs[begin : begin + 1]],
+                "pageInfo": {"endCursor": None, "hasNextPage": begin + 1 < len(runs)},
+            },
+        }
+        return {"project": found}
+
+    def _run(self, run: str) -> dict[str, Any]:
+        told = self.runs[run]
+        ended = {0: "finished", None: told.get("state", "running")}
+        return {
+            "id": run,
+            "projectId": 1,
+            "name": run,
+            "displayName": told.get("displayName") or run,
+            "sweepName": told.get("sweep"),
+            "state": ended.get(self.exit_codes.get(run), "failed"),
+            "config": told.get("config") or "{}",
+            "summaryMetrics": json.dumps(self.summary.get(run, {})),
+            "systemMetrics": "{}",
+            "tags": [],
+            "user": {"name": "us", "username": "us"},
+        }
+
+    def _RunHistoryKeys(self, asked: dict[str, Any]) -> dict[str, Any]:
+        steps = [row["_step"] for row in self.history.get(asked["name"], {}).values()]
+        return {"project": {"run": {"historyKeys": {"lastStep": max(steps, default=-1)}}}}
+
+    def _RunParquetHistory(self, asked: dict[str, Any]) -> dict[str, Any]:
+        rows = self.history.get(asked["runName"], {}).values()
+        live = [{"_step": row["_step"]} for row in rows]  # nothing is in files yet
+        return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
+
+    def _HistoryPage(self, asked: dict[str, Any]) -> dict[str, Any]:
+        rows = self.history.get(asked["run"], {}).values()
+        page = [json.dumps(row) for row in rows if asked["minStep"] <= row["_step"] < asked["maxStep"]]
+        return {"project": {"run": {"history": page}}}
+
+    # --- workspaces and reports -----------------------------------------------------------------------------
+
+    def _ProjectInternalId(self, asked: dict[str, Any]) -> dict[str, Any]:
+        is_known = asked["projectName"] in {told["project"] for told in self.runs.values()}
+        return {"project": {"id": "p", "internalId": "1"} if is_known else None}
+
+    def _GetProjects(self, asked: dict[str, Any]) -> dict[str, Any]:
+        names = sorted({told["project"] for told in self.runs.values()})
+        nodes = [{"id": name, "name": name, "entityName": asked["entity"]} for name in names]
+        return {"models": {"edges": [{"node": node, "cursor": node["name"]} for node in nodes]}}
+
+    def _UpsertView2(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self.views.append(asked)
+        view = {"id": f"view{len(self.views)}", "name": asked["name"], "displayName": asked["displayName"]}
+        view |= {"spec": asked["spec"], "description": asked["description"], "type": asked["type"]}
+        view |= {"project": {"id": "p", "name": asked["projectName"], "entityName": asked["entityName"]}}
+        return {"upsertView": {"view": view, "inserted": True}}
+
+    _upsertView = _UpsertView2  # a workspace, a report
+
     # --- artifacts, which hold the pictures of tables -------------------------------------------------------
 
     def _CreateArtifact(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +245,8 @@ class Service:
                 lines = self.history.setdefault(run, {})
                 for number, line in enumerate(part["content"], part["offset"]):
                     lines[number] = json.loads(line)
+            elif name == "wandb-summary.json":
+                self.summary[run] = json.loads(part["content"][-1])
         if chunk.get("complete"):
             self.exit_codes[run] = chunk["exitcode"]
 

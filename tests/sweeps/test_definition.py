@@ -183,10 +183,10 @@ def test_a_shipped_sweep_has_runs_of_their_own_that_go_on(path: Path, in_an_allo
 
 @pytest.mark.smoke
 @pytest.mark.slow
-def test_the_options_of_all_shipped_sweeps_exist(in_an_allocation: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_options_of_a_shipped_sweep_exist(in_an_allocation: None, tmp_path: Path, path: Path) -> None:
     """By the real parser, with every value that varies."""
-    for path in SHIPPED:
-        refuse_wrong_options(LocalSweep(read_sweep(path), tmp_path / path.stem))
+    refuse_wrong_options(LocalSweep(read_sweep(path), tmp_path / path.stem))
 
 
 @pytest.mark.smoke
