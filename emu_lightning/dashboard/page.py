@@ -20,7 +20,7 @@ from emu_lightning.dashboard.ablations import (
 )
 from emu_lightning.dashboard.runs import RunRecord
 from emu_lightning.dashboard.stopping import (
-    AFTER_THE_STOP,
+    DRIFTS,
     LOSSES,
     MEASURES,
     SHARES,
@@ -110,7 +110,7 @@ class Dashboard:
 
     def _sentence(self) -> str:
         verdicts = Counter(each.difference.verdict for answer in self.answers for each in answer.claims)
-        verdicts += Counter(each.verdict for table in self.stops.values() for each in table.after.values())
+        verdicts += Counter(each.verdict for table in self.stops.values() for each in table.drifts.values())
         states = Counter(run.state for run in self.runs)
         ended = ", ".join(f"{num} {state}" for state, num in states.items())
         if not verdicts:
@@ -287,7 +287,7 @@ def _stopping(name: str, table: StopTable) -> Section:
         for each, estimates in table.estimates.items()
     ]
     names = list(table.estimates)
-    pieces = [_after_the_stop(table)] if table.after else []
+    pieces = [_drifts(table)] if table.drifts else []
     pieces.append(report.columns(*charts))
     rows: list[list[str | float]] = [
         [
@@ -306,14 +306,14 @@ def _stopping(name: str, table: StopTable) -> Section:
     )
 
 
-def _after_the_stop(table: StopTable) -> Html:
+def _drifts(table: StopTable) -> Html:
     rows: list[list[str | float]] = []
-    for statement, measure in AFTER_THE_STOP:
-        if (each := table.after.get(statement)) is None:
+    for statement, measure, _ in DRIFTS:
+        if (each := table.drifts.get(statement)) is None:
             continue
         ends = [_stop_text(measure, end) for end in each.ci95 or ()]
         rows.append([statement, each.verdict, _stop_text(measure, each.mean), " to ".join(ends) or "one run"])
-    heads = [f"from step {table.stop:,} to {table.steps[-1]:,}", "here", "loss", "95 % interval"]
+    heads = [f"from step {table.since:,} to {table.steps[-1]:,}", "here", "change", "95 % interval"]
     return report.table(heads, rows, right=(2, 3))
 
 
@@ -340,8 +340,9 @@ def _stop_figures(table: StopTable) -> dict[str, Any]:
             }
             for i, step in enumerate(table.steps)
         ],
-        "after_the_stop": {
-            statement: {"verdict": each.verdict, **asdict(each)} for statement, each in table.after.items()
+        "since": table.since,
+        "drifts": {
+            statement: {"verdict": each.verdict, **asdict(each)} for statement, each in table.drifts.items()
         },
     }
 

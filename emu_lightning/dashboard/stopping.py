@@ -21,18 +21,20 @@ LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
 SHARES = ("appeal_win_minus_lose", "faithfulness_win_minus_lose")  # of prompts
 
 
-class Loss(NamedTuple):
-    """What the paper saw when tuning went on (section 3.3): a measure falls after the stop."""
+class Drift(NamedTuple):
+    """What the paper saw when tuning went on (section 3.3): a measure falls, or (sign 1) rises."""
 
     statement: str
     measure: str
+    sign: int = -1
 
 
-AFTER_THE_STOP = (
-    Loss("the training loss still falls", "train/loss"),
-    Loss("faithfulness is lost", "faithfulness_win_minus_lose"),
-    Loss("diversity is lost", "diversity"),
-    Loss("appeal is lost", "appeal_win_minus_lose"),
+DRIFTS = (
+    Drift("the training loss still falls", "train/loss"),
+    Drift("the validation loss rises", "val/loss", 1),
+    Drift("faithfulness is lost", "faithfulness_win_minus_lose"),
+    Drift("diversity is lost", "diversity"),
+    Drift("appeal is lost", "appeal_win_minus_lose"),
 )
 
 
@@ -46,7 +48,9 @@ class StopTable:
         stop: the step that was chosen, or that the rule chooses for the mean of the runs; None where every
             step lost too much faithfulness.
         reason: why that one.
-        after: statement -> how much was lost between the stop and the last step, paired by run.
+        since: the step that the last one is compared with: the stop; where that is the last one itself, the
+            first at which all was measured.
+        drifts: statement -> by how much, from ``since`` to the last step, paired by run.
         runs: names.
     """
 
@@ -54,7 +58,8 @@ class StopTable:
     estimates: Mapping[str, Sequence[Estimate | None]]
     stop: int | None
     reason: str
-    after: Mapping[str, Estimate]
+    since: int
+    drifts: Mapping[str, Estimate]
     runs: Sequence[str]
 
 
@@ -81,17 +86,19 @@ def read_stops(runs: Sequence[RunRecord]) -> StopTable | None:
     ]
     best = choose_stop(means)
     stop = None if best is None else int(best["step"])
-    after = {}
-    if stop is not None and stop < common[-1]:
-        for statement, name in AFTER_THE_STOP:
-            pairs = [(table[stop].get(name), table[common[-1]].get(name)) for table in tables.values()]
-            changes = [begin - end for begin, end in pairs if begin is not None and end is not None]
-            if changes:
-                after[statement] = Estimate.of(changes)
+    last = common[-1]
+    complete = [step for step in common if all(set(names) <= set(table[step]) for table in tables.values())]
+    since = stop if stop is not None and stop < last else next(iter(complete), last)
+    drifts = {}
+    for statement, name, sign in DRIFTS if since < last else ():
+        pairs = [(table[since].get(name), table[last].get(name)) for table in tables.values()]
+        changes = [sign * (end - begin) for begin, end in pairs if begin is not None and end is not None]
+        if changes:
+            drifts[statement] = Estimate.of(changes)
     reason = (
         REASON.format(-MAX_FAITHFULNESS_LOSS) if best else "every stop lost more faithfulness than allowed"
     )
-    return StopTable(common, estimates, stop, reason, after, list(tables))
+    return StopTable(common, estimates, stop, reason, since, drifts, list(tables))
 
 
 def _judged(run: RunRecord) -> dict[int, dict[str, float]]:

@@ -30,7 +30,7 @@ def read_project(path: str) -> list[RunRecord]:
 
     Pictures stay on the server, so ``pictures`` is None; `emu dashboard` shows them from run folders. Of the
     ``stops`` there are the values that were logged: no intervals, and not the start itself. ``seconds`` are
-    W&B's ``_runtime``, up to the last row that was logged.
+    W&B's ``_runtime``, up to the last row that was logged; without the network, of the last start alone.
 
     Raises:
         ValueError: no key, no answer, no such project, or no run in it.
@@ -64,6 +64,7 @@ def connect() -> Any:
         # The client itself sets no limit to reading history.
         wandb.setup(
             wandb.Settings(
+                mode="online",  # whatever trainings are told
                 silent=True,
                 x_graphql_timeout_seconds=SECONDS,
                 x_graphql_retry_max=RETRIES,
@@ -79,12 +80,13 @@ def connect() -> Any:
 @contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
     """Turns what W&B's client raises into a ValueError of one line."""
+    from pydantic import ValidationError  # of a setting, such as an address
     from wandb.errors import Error
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # is no `Error`
 
     try:
         yield
-    except (Error, WandbApiFailedError) as error:
+    except (Error, WandbApiFailedError, ValidationError) as error:
         raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
 
 
@@ -96,7 +98,8 @@ def _parts(path: str) -> list[str]:
 
 
 def _record(run: Any, name: str) -> RunRecord:
-    rows = list(run.scan_history())
+    # Of a run that was begun again offline W&B counts the rows anew, so only the clock tells their order.
+    rows = sorted(run.scan_history(), key=lambda row: float(row["_timestamp"]))
     return RunRecord(
         name,
         run.sweep_name or "",

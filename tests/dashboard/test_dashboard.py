@@ -166,13 +166,15 @@ def test_stopping_is_read_from_what_was_judged_on_the_way(tunings: Path) -> None
     loss = table.estimates["train/loss"]
     assert loss[0] is None and loss[1] is not None
     assert loss[1].mean == pytest.approx(10 - 0.375)  # of steps 25 and 50
-    after = table.after
-    assert after["the training loss still falls"].mean == pytest.approx((125 + 150 + 175 + 200) / 400 - 0.875)
-    assert (
-        after["faithfulness is lost"].mean == pytest.approx(0.1)
-        and after["faithfulness is lost"].verdict == "holds"
+    drifts = table.drifts
+    assert drifts["the training loss still falls"].mean == pytest.approx(
+        (125 + 150 + 175 + 200) / 400 - 0.875
     )
-    assert after["diversity is lost"].mean == pytest.approx(0.4)
+    assert (
+        drifts["faithfulness is lost"].mean == pytest.approx(0.1)
+        and drifts["faithfulness is lost"].verdict == "holds"
+    )
+    assert drifts["diversity is lost"].mean == pytest.approx(0.4)
 
 
 def test_a_single_tuning_is_read_by_what_chose_its_stop(in_tmp_path: Path) -> None:
@@ -181,9 +183,28 @@ def test_a_single_tuning_is_read_by_what_chose_its_stop(in_tmp_path: Path) -> No
     (folder / "preference.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = read_stops([read_run(folder)])
     assert (
-        table is not None and table.stop == 50 and table.after["appeal is lost"].mean == pytest.approx(-0.2)
+        table is not None and table.stop == 50 and table.drifts["appeal is lost"].mean == pytest.approx(-0.2)
     )
-    assert table.after["appeal is lost"].ci95 is None
+    assert table.drifts["appeal is lost"].ci95 is None
+
+
+def test_where_the_last_stop_is_the_best_it_is_compared_with_the_first(in_tmp_path: Path) -> None:
+    metrics = [(step - 1, {"train/loss": 3 - step / 100, "val/loss": step / 100}) for step in (50, 100, 150)]
+    folder = write_run(Path("tuning"), {}, metrics)
+    lines = [judged(50, 0.4, 0.0, 3), judged(100, 0.6, 0.0, 2), judged(150, 0.7, 0.0, 1)]
+    (folder / "preference.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = read_stops([read_run(folder)])
+    assert table is not None and (table.stop, table.since) == (150, 50)
+    means = {statement: drift.mean for statement, drift in table.drifts.items()}
+    assert means == pytest.approx(
+        {
+            "the training loss still falls": 1.0,
+            "the validation loss rises": 1.0,
+            "faithfulness is lost": 0.0,
+            "diversity is lost": 2.0,
+            "appeal is lost": -0.3,
+        }
+    )
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -221,7 +242,7 @@ def test_the_page_says_what_the_figures_say(
     held = re.search(r"(\d+) of (\d+) hold; not: (\d+); not settled: (\d+)", page)
     assert held is not None
     told = [each["verdict"] for each in results["ablations"]["channels"]["trends"]]
-    told += [each["verdict"] for each in results["stopping"]["tunings"]["after_the_stop"].values()]
+    told += [each["verdict"] for each in results["stopping"]["tunings"]["drifts"].values()]
     assert [int(number) for number in held.groups()] == [
         told.count("holds"),
         len(told),
