@@ -9,8 +9,9 @@ load      200 people at a time, 20,000 votes on pairs, on SQLite and on PostgreS
 attacks   benchmarks/annotation_attacks.py
 coverage  300 times, five people of known accuracy and left/right bias judge pairs, and tell the better
           picture by its pixels; the 95 % interval of the win rate is held against the exact probability that
-          a prompt's majority is for the model. `expected` is how often Wilson's interval covers the exact
-          probability of a binomial of this size.
+          a prompt's majority is for the model, and that of win minus lose against its own. `expected` and
+          `win_minus_lose_expected` are how often these intervals cover their truth over all outcomes of so
+          many prompts, each with its exact probability.
 
 `--parts` measures some and keeps the others' figures.
 """
@@ -52,7 +53,13 @@ from benchmarks.annotation_client import (
 )
 from benchmarks.parts import run_parts
 from emu_lightning.annotation.store import Batch, NewItem, Store
-from emu_lightning.evaluation.votes import majority_labels, read_judgements, wilson_ci95, win_rate
+from emu_lightning.evaluation.votes import (
+    majority_labels,
+    read_judgements,
+    tango_ci95,
+    wilson_ci95,
+    win_rate,
+)
 from emu_lightning.files import write_whole
 
 NUM_RATERS = 5
@@ -272,6 +279,19 @@ def wilson_coverage(num: int, share: float) -> float:
     return total
 
 
+def tango_coverage(num: int, win: float, lose: float) -> float:
+    """How often Tango's 95 % interval covers ``win - lose``, over the multinomial distribution."""
+    total = 0.0
+    for wins in range(num + 1):
+        for losses in range(num + 1 - wins):
+            low, high = tango_ci95(wins / num, losses / num, num)
+            if low <= win - lose <= high:
+                ties = num - wins - losses
+                ways = comb(num, wins) * comb(num - wins, losses)
+                total += ways * win**wins * lose**losses * (1 - win - lose) ** ties
+    return total
+
+
 def coverage(folder: Path, runs: int, prompts: int, teams: int = 4) -> dict[str, Any]:
     """Each run is a batch of its own on one server; teams of five people work side by side."""
     rng = random.Random(0)
@@ -284,7 +304,8 @@ def coverage(folder: Path, runs: int, prompts: int, teams: int = 4) -> dict[str,
     served = Served(folder)
     truths = {label: majority_probability(label) for label in ("A", "B")}
     hits = Counter[str]()
-    estimates = []
+    estimates, differences = [], []
+    difference = truths["B"] - truths["A"]
     with served.running():
         names = [f"team {team}, person {number}" for team in range(teams) for number in range(len(RATERS))]
         sessions = invite_all(store, served.url, names)
@@ -298,7 +319,7 @@ def coverage(folder: Path, runs: int, prompts: int, teams: int = 4) -> dict[str,
                 labels = majority_labels(read_judgements(votes), "appeal").labels
                 rate = win_rate(list(labels.values()), of="B")
                 estimates.append(rate.win)
-                difference = truths["B"] - truths["A"]
+                differences.append(rate.win_minus_lose)
                 hits["win"] += rate.ci95[0] <= truths["B"] <= rate.ci95[1]
                 low, high = rate.win_minus_lose_ci95
                 hits["win_minus_lose"] += low <= difference <= high
@@ -311,6 +332,12 @@ def coverage(folder: Path, runs: int, prompts: int, teams: int = 4) -> dict[str,
             "expected": round(wilson_coverage(prompts, truths["B"]), 4),
             "ci95": [round(end, 4) for end in wilson_ci95(hits["win"] / runs, runs)],
             "win_minus_lose_empirical": round(hits["win_minus_lose"] / runs, 4),
+            "win_minus_lose_expected": round(tango_coverage(prompts, truths["B"], truths["A"]), 4),
+            "win_minus_lose_ci95": [
+                round(end, 4) for end in wilson_ci95(hits["win_minus_lose"] / runs, runs)
+            ],
+            "win_minus_lose_truth": round(difference, 4),
+            "win_minus_lose_mean_estimate": round(float(np.mean(differences)), 4),
             "truth": round(truths["B"], 4),
             "mean_estimate": round(float(np.mean(estimates)), 4),
             "prompts": prompts,

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from emu_lightning.annotation import derive
 from emu_lightning.annotation.questions import Slot
-from emu_lightning.annotation.store import Batch, CountedAnswer, NewItem, Store
+from emu_lightning.annotation.store import Batch, CountedAnswer, GivenAnswer, NewItem, Store
 from emu_lightning.evaluation.prompts import PromptSet, read_prompts
 from emu_lightning.files import SUFFIXES, write_whole
 
@@ -583,11 +583,10 @@ def caption_items(store: Store, batch: Batch) -> list[NewItem]:
     ]
 
 
-def row_items(store: Store, rows: Sequence[Row], roots: Sequence[Path]) -> list[NewItem]:
+def row_items(rows: Sequence[Row], roots: Sequence[Path]) -> list[NewItem]:
     """The items that rows are about, each once.
 
     Args:
-        store: knows the people who wrote captions, by name; those who are new to it are added.
         rows: as a :class:`Format` reads them, with :data:`ANSWERS` as columns.
         roots: pictures may lie in these folders only; relative paths start from the first.
 
@@ -595,7 +594,6 @@ def row_items(store: Store, rows: Sequence[Row], roots: Sequence[Path]) -> list[
         ValueError: a row names no picture, or one that lies elsewhere.
     """
     new: dict[str, NewItem] = {}
-    person_id = _people(store)
     for number, row in enumerate(rows, start=1):
         if _name(row) is None:
             raise ValueError(f"row {number} names no picture: give it a path")
@@ -607,7 +605,7 @@ def row_items(store: Store, rows: Sequence[Row], roots: Sequence[Path]) -> list[
                 caption=row["caption"],
                 group=row["group"],
                 gold=row["gold"],
-                author=row["author"] and person_id(row["author"], "generalist"),
+                author=row["author"],
                 extra=row["extra"] or {},
             )
     return list(new.values())
@@ -615,6 +613,8 @@ def row_items(store: Store, rows: Sequence[Row], roots: Sequence[Path]) -> list[
 
 def import_rows(store: Store, batch: Batch, rows: Sequence[Row], roots: Sequence[Path]) -> tuple[int, int]:
     """Adds what the batch does not have: items by their names, answers by item and person.
+
+    All of it or, after an error or a kill, nothing.
 
     Answers were given elsewhere: to another store, or in Label Studio. Their people are known by name; one
     who is new here is added without a way to sign in.
@@ -633,22 +633,25 @@ def import_rows(store: Store, batch: Batch, rows: Sequence[Row], roots: Sequence
     for number, row in answered:
         if row["person"] is None:
             raise ValueError(f"row {number} has an answer of nobody: give the person")
-    num_items = store.add_items(batch, row_items(store, rows, roots))
-    items, person_id = {item.name: item for item in store.items(batch)}, _people(store)
-    num_answers = sum(
-        store.import_answer(
-            batch,
-            items[str(_name(row))],
-            person_id(row["person"], row["role"] or batch.asks.roles[0]),
-            row["answer"],
-            kind=row["kind"] or "answer",
-            left_slot=row["left_slot"] or "A",
-            at=row["at"],
-            times=row["times"] or {},
-            guideline_version=row["guideline_version"],
-        )
-        for _, row in answered
-    )
+    new = row_items(rows, roots)
+    files = store.new_pictures(batch, new)
+    with store.at_once():
+        num_items = store.add_items(batch, new, files)
+        items, person_id = {item.name: item for item in store.items(batch)}, _people(store)
+        given = [
+            GivenAnswer(
+                items[str(_name(row))],
+                person_id(row["person"], row["role"] or batch.asks.roles[0]),
+                row["answer"],
+                kind=row["kind"] or "answer",
+                left_slot=row["left_slot"] or "A",
+                at=row["at"],
+                times=row["times"] or {},
+                guideline_version=row["guideline_version"],
+            )
+            for _, row in answered
+        ]
+        num_answers = store.import_answers(batch, given)
     return num_items, num_answers
 
 

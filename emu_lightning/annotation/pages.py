@@ -366,8 +366,14 @@ def _people(
     invited: str = "",
     message: str = "",
 ) -> HTMLResponse:
-    people = access.store(request).people()
-    values = {"people": people, "link": link, "invited": invited, "message": message}
+    store = access.store(request)
+    values = {
+        "people": store.people(),
+        "now": store.now(),
+        "link": link,
+        "invited": invited,
+        "message": message,
+    }
     return _page(request, "people.html", person, status, at="people", **values)
 
 
@@ -455,8 +461,9 @@ def adjudicate_page(request: Request, public_id: str, person: Lead, after: int =
     store = access.store(request)
     batch = store.batch(public_id)
     disputes = store.to_adjudicate(batch)
-    later = [dispute for dispute in disputes if dispute.item.id > after]
-    dispute = next(iter(later or disputes), None)
+    item_id = next((one for one in disputes if one > after), disputes[0] if disputes else None)
+    opinions = [] if item_id is None else store.answers_to(batch, item_id)
+    item = opinions[0].item if opinions else None
     return _page(
         request,
         "adjudicate.html",
@@ -464,15 +471,15 @@ def adjudicate_page(request: Request, public_id: str, person: Lead, after: int =
         batch=batch,
         keys=_keys(batch),
         num_left=len(disputes),
-        item=dispute and dispute.item,
+        item=item,
         pictures=[
-            {"url": access.picture_url(request, person, dispute.item, slot), "picture": picture}
-            for slot, picture in dispute.item.pictures.items()
+            {"url": access.picture_url(request, person, item, slot), "picture": picture}
+            for slot, picture in item.pictures.items()
         ]
-        if dispute
+        if item
         else [],
-        opinions=dispute.answers if dispute else [],
-        fields=list(dispute.answers[0].answer) if dispute else [],
+        opinions=opinions,
+        fields=list(opinions[0].answer) if opinions else [],
     )
 
 
@@ -487,13 +494,11 @@ def adjudicate(
     """The lead sides with those who gave this answer; the marks are those of the latest of them."""
     store = access.store(request)
     batch = store.batch(public_id)
-    dispute = next((one for one in store.to_adjudicate(batch) if one.item.id == item), None)
-    sided = (
-        [one.answer for one in dispute.answers if batch.asks.option(one.answer) == option] if dispute else []
-    )
-    if not dispute or not sided:
+    opinions = store.answers_to(batch, item) if item in store.to_adjudicate(batch) else []
+    sided = [one for one in opinions if batch.asks.option(one.answer) == option]
+    if not sided:
         raise Refused(409, "this was decided in the meantime")
-    store.adjudicate(person, dispute.item, sided[-1])
+    store.adjudicate(person, sided[-1].item, sided[-1].answer)
     return _see(f"/lead/{public_id}/adjudicate?after={item}")
 
 
@@ -513,9 +518,10 @@ def _batch_page(
         progress=progress,
         standing=standing,
         headline=headline(standing, progress),
-        findings=findings(standing),
+        findings=findings(batch, standing),
+        shows_agreement=_shows_agreement(batch, standing),
         looks={one.person.id: to_look_at(one, standing) for one in standing.people},
-        num_disputes=len(store.to_adjudicate(batch)),
+        num_disputes=standing.num_disputed,
         version=version,
         guideline=guideline,
         said=said,
@@ -546,10 +552,11 @@ def headline(standing: Standing, progress: Progress) -> str:
     return line
 
 
-def findings(standing: Standing) -> list[Finding]:
+def findings(batch: Batch, standing: Standing) -> list[Finding]:
     """What a lead should know first: do people agree, are the known answers right, is anyone off?"""
     flagged = [(one, look) for one in standing.people if (look := to_look_at(one, standing))]
-    lines = [_agreement(standing), *_gold(standing)]
+    lines = [_agreement(standing)] if _shows_agreement(batch, standing) else []
+    lines += _gold(standing) if batch.asks.has_votes else []
     if flagged:
         named = "; ".join(f"{one.person.name} ({', '.join(look)})" for one, look in flagged)
         lines.append(Finding("look", f"Worth a look: {named}."))
@@ -562,6 +569,11 @@ def findings(standing: Standing) -> list[Finding]:
             Finding("wait", f"A person’s work is compared with the others’ from {ENOUGH} answers on.")
         )
     return lines
+
+
+def _shows_agreement(batch: Batch, standing: Standing) -> bool:
+    """Not where it never can be told: captions, and items that one person is asked about."""
+    return batch.is_compared or standing.raw_agreement is not None
 
 
 # Krippendorff's bounds are 0.8 and 0.667; those below are ours.

@@ -11,7 +11,7 @@ An answer is a dict in one of two forms. A person answers in *sides* ("left"); w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 from unicodedata import category
 
@@ -45,6 +45,8 @@ class Question:
         num_pictures: 1, or 2 of one prompt.
         shows_prompt: whether the person sees the prompt the pictures were made from.
         shows_caption: whether the person sees the item's caption.
+        has_votes: whether people can give the same answer, so that they agree or not and a right one can be
+            known; no two texts are alike.
         num_people: how many people answer about one item where the batch does not say.
         extra_on_split: whether a split among them always brings in further people.
         is_adjudicated: whether a lead decides where they disagree.
@@ -61,6 +63,7 @@ class Question:
     num_pictures: ClassVar[int] = 1
     shows_prompt: ClassVar[bool] = False
     shows_caption: ClassVar[bool] = False
+    has_votes: ClassVar[bool] = True
     num_people: ClassVar[int] = 1
     extra_on_split: ClassVar[bool] = False
     is_adjudicated: ClassVar[bool] = False
@@ -112,7 +115,12 @@ class Question:
     @classmethod
     def needs_lead(cls, answers: Sequence[Answer]) -> bool:
         """Whether an item with these stored answers waits for a lead's decision."""
-        return cls.is_adjudicated and len({cls.vote(answer) for answer in answers}) > 1
+        return cls.is_disputed(cls.vote(answer) for answer in answers)
+
+    @classmethod
+    def is_disputed(cls, votes: Iterable[str | None]) -> bool:
+        """Whether these votes on an item wait for a lead's decision."""
+        return cls.is_adjudicated and len(set(votes)) > 1
 
     @classmethod
     def check_gold(cls, gold: Answer) -> Answer:
@@ -294,6 +302,7 @@ class Caption(Question):
     )
     template = "caption.html"
     roles = ("generalist", "specialist")
+    has_votes = False
     options = {"written": "Send"}
     keys: ClassVar[Mapping[str, Answer]] = {}
 

@@ -26,12 +26,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Person:
+    """Someone known; ``invitation_expires`` is the end of an invitation that they have not accepted yet."""
+
     id: int
     name: str
     role: Role
     is_active: bool
     session_version: int
     created_at: float
+    invitation_expires: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Batch:
         return QUESTIONS[self.question]
 
     @property
+    def is_compared(self) -> bool:
+        """Whether several people's answers to one item agree or not."""
+        return self.asks.has_votes and self.num_people > 1
+
+    @property
     def keys(self) -> dict[str, Answer]:
         """``KeyboardEvent.key`` -> the part of an answer it gives."""
         return {**self.asks.keys, **self.settings["keys"]}
@@ -74,7 +82,7 @@ class NewItem:
         pictures: slot -> (path, name of the model that made it or None); slot A alone, or A and B.
         group: concept or category, for contact sheets.
         gold: a known answer, in slots; the item is then asked of everyone and counts in no result.
-        author: id of the person who wrote the caption, and is not asked about it.
+        author: id or name of the person who wrote the caption, and is not asked about it.
         extra: whatever else belongs to the item; kept, exported, never shown.
     """
 
@@ -84,7 +92,7 @@ class NewItem:
     caption: str | None = None
     group: str | None = None
     gold: Answer | None = None
-    author: int | None = None
+    author: int | str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -179,6 +187,26 @@ class CountedAnswer:
 
 
 @dataclass(frozen=True)
+class GivenAnswer:
+    """An answer, in slots, or a lead's decision that was given elsewhere.
+
+    Attributes:
+        kind: answer, or adjudicate.
+        at: seconds since 1970; the time of the import if None.
+        guideline_version: the current one if None.
+    """
+
+    item: Item
+    person_id: int
+    answer: Answer
+    kind: str = "answer"
+    left_slot: Slot = "A"
+    at: float | None = None
+    times: Mapping[str, Any] = field(default_factory=dict)
+    guideline_version: int | None = None
+
+
+@dataclass(frozen=True)
 class Event:
     """One line of the log. ``person`` and ``item`` are names, ``body`` is as stored."""
 
@@ -190,14 +218,6 @@ class Event:
     assignment_id: int | None
     nonce: str | None
     body: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Dispute:
-    """An item whose people disagree, and their answers."""
-
-    item: Item
-    answers: list[CountedAnswer]
 
 
 @dataclass(frozen=True)
@@ -227,6 +247,7 @@ class Standing:
         raw_agreement: share of the pairs of votes on one item that are alike; None without a pair.
         alpha: Krippendorff's, nominal; None where undefined.
         options: how many answers took each option.
+        num_disputed: items that wait for a lead's decision.
     """
 
     num_answers: int
@@ -234,6 +255,7 @@ class Standing:
     alpha: float | None
     options: dict[str, int]
     people: list[PersonStanding]
+    num_disputed: int = 0
 
 
 @dataclass(frozen=True)

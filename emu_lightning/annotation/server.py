@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,16 @@ def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
     It speaks http; https is left to a proxy on this machine. Only with one is a request believed when it says
     which address it came from.
     """
+    threading.Thread(target=_read_ahead, args=[app.state.store], daemon=True).start()
     has_proxy = app.state.settings.is_https
     quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
     uvicorn.run(app, host=host, port=port, proxy_headers=has_proxy, **quiet)
+
+
+def _read_ahead(store: Store) -> None:
+    """Reads the logs, so that a lead's first look at a large batch need not wait for it."""
+    for batch in store.batches():
+        store.standing(batch)
 
 
 def refuse(request: Request, refused: Refused) -> Response:

@@ -18,16 +18,14 @@ import random
 import re
 import secrets
 import sqlite3
-import statistics
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from PIL import Image, UnidentifiedImageError
 from sqlalchemy import (
@@ -37,6 +35,7 @@ from sqlalchemy import (
     Row,
     Table,
     and_,
+    bindparam,
     create_engine,
     func,
     insert,
@@ -54,8 +53,8 @@ from emu_lightning.annotation.records import (
     Assignment,
     Batch,
     CountedAnswer,
-    Dispute,
     Event,
+    GivenAnswer,
     Item,
     NewItem,
     Person,
@@ -80,7 +79,7 @@ from emu_lightning.annotation.schema import (
     pictures,
     security_log,
 )
-from emu_lightning.evaluation.agreement import rating_agreement
+from emu_lightning.annotation.tally import PersonTally, Tally
 
 HAS_PLACE = items.c.num_taken < items.c.num_wanted
 LENT, DONE, RETURNED = "lent", "done", "returned"
@@ -96,6 +95,8 @@ DEFAULT_SETTINGS: dict[str, Any] = {
     "keys": {},
 }
 MEDIA_TYPES = {f"image/{kind}" for kind in ("jpeg", "png", "webp", "gif", "bmp")}  # what every browser shows
+
+T = TypeVar("T")
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -113,6 +114,9 @@ class Store:
         self._engine = _engine(url)
         self._clock = clock
         self._random = random.SystemRandom()
+        self._own = threading.local()  # the connection of a thread within at_once
+        self._tallies: dict[int, Tally] = {}  # by the id of the batch
+        self._tallying = threading.Lock()
         is_sqlite = self._engine.dialect.name == "sqlite"
         self._line: AbstractContextManager[Any] = threading.Lock() if is_sqlite else nullcontext()
         try:
@@ -127,14 +131,37 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
+    def now(self) -> float:
+        """Seconds since 1970, by the clock that leases and invitations go by."""
+        return self._clock()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What this thread changes inside becomes one transaction: an error or a kill undoes all of it.
+
+        On SQLite nobody else writes meanwhile: read files before.
+        """
+        with self._writing() as connection:
+            self._own.connection = connection
+            try:
+                yield
+            finally:
+                del self._own.connection
+
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
+        if own := getattr(self._own, "connection", None):
+            yield own
+            return
         with self._line, self._engine.connect() as connection:
             with connection.execution_options(begin="BEGIN IMMEDIATE").begin():
                 yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
+        if own := getattr(self._own, "connection", None):
+            yield own
+            return
         with self._engine.connect() as connection:
             yield connection
 
@@ -363,51 +390,96 @@ class Store:
 
     # Items
 
-    def add_items(self, batch: Batch, new_items: Iterable[NewItem]) -> int:
-        """Adds those whose names the batch does not have yet; the number added.
+    def new_pictures(self, batch: Batch, new_items: Iterable[NewItem]) -> PictureFiles:
+        """The pictures of those items whose names the batch does not have yet, as :func:`read_pictures`.
 
-        A kill leaves some of them added; adding them again completes the batch.
+        Raises:
+            ValueError: an item does not suit the question.
+        """
+        with self._reading() as c:
+            known = self._names(c, batch)
+        return read_pictures(item for item in new_items if _item_values(batch, item)["name"] not in known)
+
+    def add_items(self, batch: Batch, new_items: Iterable[NewItem], files: PictureFiles | None = None) -> int:
+        """Adds those whose names the batch does not have yet, all or none of them; the number added.
+
+        Args:
+            files: of the new ones at least, where their pictures are read already: it takes a while, and
+                nobody can answer while :meth:`at_once` holds the database.
 
         Raises:
             ValueError: an item does not suit the question, or its picture is not one that browsers show or
                 has changed since it was first added.
             OSError: a picture cannot be read.
         """
-        added, rest = 0, iter(new_items)
-        while chunk := list(islice(rest, 200)):
-            added += self._add_items(batch, chunk)
-        return added
-
-    def _add_items(self, batch: Batch, chunk: Sequence[NewItem]) -> int:
-        rows = {row["name"]: (row, item) for item in chunk for row in [_item_values(batch, item)]}
-        known = select(items.c.name).where(items.c.batch_id == batch.id, items.c.name.in_(list(rows)))
-        with self._reading() as c:
-            for name in c.scalars(known):
-                del rows[name]
-        paths = {path for _, item in rows.values() for path, _ in item.pictures.values()}
-        files = {path: _read_picture(Path(path).resolve()) for path in paths}
+        items_of = list(new_items)
+        if files is None:
+            files = self.new_pictures(batch, items_of)
         with self._writing() as c:
             c.execute(select(batches.c.id).where(batches.c.id == batch.id).with_for_update(key_share=True))
-            for name in c.scalars(known):  # added by someone else meanwhile
-                rows.pop(name, None)
-            picture_ids = {path: self._picture_id(c, file) for path, file in files.items()}
-            for row, item in rows.values():
-                item_id = _insert(c, items, **row)
-                for slot, (path, model) in item.pictures.items():
-                    c.execute(
-                        insert(item_pictures).values(
-                            item_id=item_id, slot=slot, picture_id=picture_ids[path], model=model
-                        )
-                    )
-        return len(rows)
+            known, new = self._names(c, batch), dict[str, tuple[dict[str, Any], NewItem]]()
+            for item in items_of:
+                row = _item_values(batch, item)
+                if row["name"] not in known:
+                    new.setdefault(row["name"], (row, item))
+            if not new:
+                return 0
+            author_id = self._author_ids(c)
+            rows = [{**row, "author_id": author_id(item.author)} for row, item in new.values()]
+            shown = [
+                (name, slot, files[path], model)
+                for name, (_, item) in new.items()
+                for slot, (path, model) in item.pictures.items()
+            ]
+            picture_ids = self._picture_ids(c, {file["path"]: file for _, _, file, _ in shown})
+            c.execute(insert(items), rows)
+            ids = select(items.c.name, items.c.id).where(items.c.batch_id == batch.id)
+            item_ids = {row.name: row.id for row in c.execute(ids)}
+            c.execute(
+                insert(item_pictures),
+                [
+                    {
+                        "item_id": item_ids[name],
+                        "slot": slot,
+                        "picture_id": picture_ids[file["path"]],
+                        "model": model,
+                    }
+                    for name, slot, file, model in shown
+                ],
+            )
+        return len(new)
 
-    def _picture_id(self, c: Connection, file: Mapping[str, Any]) -> int:
-        known = c.execute(select(pictures).where(pictures.c.path == file["path"])).first()
-        if known is None:
-            return _insert(c, pictures, **file)
-        if known.sha256 != file["sha256"]:
-            raise ValueError(f"{known.path} has changed since it was added: give the new picture a new name")
-        return known.id
+    def _names(self, c: Connection, batch: Batch) -> set[str]:
+        return set(c.scalars(select(items.c.name).where(items.c.batch_id == batch.id)))
+
+    def _author_ids(self, c: Connection) -> Callable[[int | str | None], int | None]:
+        """Ids of people named; one who is new becomes a generalist, without a way to sign in."""
+        ids = {row.name: row.id for row in c.execute(select(people.c.id, people.c.name))}
+
+        def author_id(author: int | str | None) -> int | None:
+            if isinstance(author, str) and author not in ids:
+                ids[author] = _insert(c, people, **self._new_person(author, "generalist"))
+            return ids[author] if isinstance(author, str) else author
+
+        return author_id
+
+    def _picture_ids(self, c: Connection, files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+        """By path."""
+        ids: dict[str, int] = {}
+        for chunk in _chunks(list(files)):
+            there = select(pictures.c.id, pictures.c.path, pictures.c.sha256).where(
+                pictures.c.path.in_(chunk)
+            )
+            for row in c.execute(there):
+                if row.sha256 != files[row.path]["sha256"]:
+                    raise ValueError(
+                        f"{row.path} has changed since it was added: give the new picture a new name"
+                    )
+                ids[row.path] = row.id
+            if new := [files[path] for path in chunk if path not in ids]:
+                c.execute(insert(pictures), new)
+                ids |= {row.path: row.id for row in c.execute(there)}
+        return ids
 
     def items(self, batch: Batch) -> list[Item]:
         """All items with their models, by name."""
@@ -762,7 +834,8 @@ class Store:
             except IntegrityError:  # sent with two items at the same moment
                 raise Refused(409, "this nonce belongs to another answer") from None
             self._set_state(c, held.id, DONE)
-            self._settle(c, item, batch)
+            if item.gold is None:
+                self._settle(c, batch, [item.id])
         return Receipt(event_id, batch, now, is_repeat=False)
 
     def undo(self, person: Person, batch: Batch) -> Assignment:
@@ -796,7 +869,8 @@ class Store:
                 raise nothing
             self._append(c, now, "undo", person.id, item, assignment_id, {})
             self._set_state(c, assignment_id, LENT, lease_expires=now + batch.settings["lease_seconds"])
-            self._settle(c, item, batch)
+            if item.gold is None:
+                self._settle(c, batch, [item.id])
             return self._assignments(c, c.execute(select(assignments).where(mine)).all(), batch)[0]
 
     def adjudicate(self, lead: Person, item: Item, answer: Answer) -> None:
@@ -821,82 +895,76 @@ class Store:
             }
             self._append(c, self._clock(), "adjudicate", lead.id, row, None, body)
 
-    def import_answer(
-        self,
-        batch: Batch,
-        item: Item,
-        person_id: int,
-        answer: Answer,
-        *,
-        kind: str = "answer",
-        left_slot: Slot = "A",
-        at: float | None = None,
-        times: Mapping[str, Any] | None = None,
-        guideline_version: int | None = None,
-    ) -> bool:
-        """An answer or a lead's decision that was given elsewhere; whoever gave it, and however many did.
+    def import_answers(self, batch: Batch, given: Sequence[GivenAnswer]) -> int:
+        """Answers and leads' decisions that were given elsewhere; whoever gave them, and however many did.
 
-        Args:
-            answer: in slots.
-            kind: answer, or adjudicate.
-            at: seconds since 1970; now if None.
-            guideline_version: the current one if None.
+        Left out is what would change nothing: an answer of a person who was asked about the item here or has
+        answered it, a decision that stands already.
 
         Returns:
-            False where nothing changed: the person was asked about the item here or has answered it, or the
-            decision stands already.
+            How many were added: all the others or, after an error, none.
 
         Raises:
-            ValueError: the answer is none, or cannot be kept.
+            ValueError: an answer is none, or cannot be kept.
         """
-        asks, what = batch.asks, f"the answer to item {item.name!r}"
-        try:
-            stored = asks.to_slots(asks.check(asks.to_sides(answer, left_slot)), left_slot)
-        except (KeyError, TypeError):  # no side is called so
-            raise ValueError(
-                f"{what} is {answer!r}: it does not belong to the question {asks.name}"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from None
-        at = self._clock() if at is None else at
-        if kind not in ("answer", "adjudicate") or left_slot not in ("A", "B") or not math.isfinite(at):
-            raise ValueError(
-                f"{what} has kind {kind!r}, left_slot {left_slot!r}, at {at!r}: one is not possible"
-            )
+        now = self._clock()
+        checked = [(one, *_imported(batch, one, now)) for one in given]
+        about = sorted({one.item.id for one in given})
         with self._writing() as c:
-            row = self._lock_item(c, select(items.c.id).where(items.c.id == item.id))
-            body = {
-                "answer": stored,
-                "left_slot": left_slot,
-                "times": _plain(dict(times or {}), f"times of {what}"),
-                "client": {"imported": True},
-                "guideline_version": guideline_version or self._guideline_version(c, batch.id),
-            }
-            if kind == "adjudicate":
-                decided = _adjudicated(c.execute(_log(events.c.item_id == row.id, events.c.kind == kind)))
-                if any(one.body["answer"] == stored and one.person_id == person_id for one in decided):
-                    return False
-                self._append(c, at, kind, person_id, row, None, body)
-                return True
-            asked = (assignments.c.item_id == row.id, assignments.c.person_id == person_id)
-            if _count(c, assignments, *asked):
-                return False
-            assignment_id = _insert(
-                c,
-                assignments,
-                token=new_token(),
-                batch_id=batch.id,
-                item_id=row.id,
-                person_id=person_id,
-                is_gold=row.gold is not None,
-                left_slot=left_slot,
-                guideline_version=body["guideline_version"],
-                lease_expires=at,
-                state=DONE,
+            gold = dict[int, bool]()
+            for chunk in _chunks(about):  # in order: two imports do not wait for each other in a circle
+                locked = select(items).where(items.c.id.in_(chunk)).order_by(items.c.id)
+                rows = c.execute(locked.with_for_update(key_share=True))
+                gold |= {row.id: row.gold is not None for row in rows}
+            version = self._guideline_version(c, batch.id)
+            pair = select(assignments.c.item_id, assignments.c.person_id)
+            asked = {tuple(row) for row in c.execute(pair.where(assignments.c.batch_id == batch.id))}
+            log = c.execute(_log(events.c.batch_id == batch.id, events.c.kind == "adjudicate"))
+            decided = {row.item_id: (row.person_id, row.body["answer"]) for row in _adjudicated(log)}
+            new_assignments, new_events = list[dict[str, Any]](), list[dict[str, Any]]()
+            for one, at, body in checked:
+                key, is_answer = (one.item.id, one.person_id), one.kind == "answer"
+                if key in asked if is_answer else decided.get(key[0]) == (key[1], body["answer"]):
+                    continue
+                token = new_token() if is_answer else None
+                body["guideline_version"] = one.guideline_version or version
+                named = {"batch_id": batch.id, "item_id": one.item.id, "person_id": one.person_id}
+                new_events.append({**named, "at": at, "kind": one.kind, "body": body, "token": token})
+                if not is_answer:
+                    decided[key[0]] = key[1], body["answer"]
+                    continue
+                asked.add(key)
+                new_assignments.append(
+                    {
+                        **named,
+                        "token": token,
+                        "is_gold": gold[one.item.id],
+                        "left_slot": one.left_slot,
+                        "guideline_version": body["guideline_version"],
+                        "lease_expires": at,
+                        "state": DONE,
+                    }
+                )
+            ids = self._add_assignments(c, new_assignments)
+            if new_events:
+                c.execute(
+                    insert(events),
+                    [{**event, "assignment_id": ids.get(event.pop("token"))} for event in new_events],
+                )
+            self._settle(c, batch, [item_id for item_id in about if not gold[item_id]])
+        return len(new_events)
+
+    def _add_assignments(self, c: Connection, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+        """Ids by token."""
+        if rows:
+            c.execute(insert(assignments), rows)
+        return {
+            row.token: row.id
+            for chunk in _chunks([row["token"] for row in rows])
+            for row in c.execute(
+                select(assignments.c.token, assignments.c.id).where(assignments.c.token.in_(chunk))
             )
-            self._append(c, at, kind, person_id, row, assignment_id, body)
-            self._settle(c, row, batch)
-            return True
+        }
 
     def _lock_item(self, c: Connection, item_id: Any) -> Row[Any]:
         """The item's row, nobody else's until the end of the transaction."""
@@ -932,19 +1000,34 @@ class Store:
     def _set_state(self, c: Connection, assignment_id: int, state: str, **values: Any) -> None:
         c.execute(update(assignments).where(assignments.c.id == assignment_id).values(state=state, **values))
 
-    def _settle(self, c: Connection, item: Row[Any], batch: Batch) -> None:
-        """Counts the item's places anew. It never wants fewer people than it has already been given to."""
-        if item.gold is not None:
-            return
-        states = Counter(c.scalars(select(assignments.c.state).where(assignments.c.item_id == item.id)))
-        answers = [body["answer"] for body in self._counted_of(c, item.id)]
-        num_taken = states[LENT] + states[DONE]
-        num_wanted = batch.asks.wanted(answers, batch.num_people, batch.settings["extra_rater"])
-        c.execute(
-            update(items)
-            .where(items.c.id == item.id)
-            .values(num_taken=num_taken, num_done=states[DONE], num_wanted=max(num_wanted, num_taken))
-        )
+    def _settle(self, c: Connection, batch: Batch, item_ids: Sequence[int]) -> None:
+        """Counts places of items anew. An item never wants fewer people than it has already been given to.
+
+        Args:
+            item_ids: locked, and without a known answer: those have no places.
+        """
+        values = []
+        for chunk in _chunks(item_ids):
+            states: dict[int, Counter[str]] = defaultdict(Counter)
+            held = select(assignments.c.item_id, assignments.c.state).where(assignments.c.item_id.in_(chunk))
+            for row in c.execute(held):
+                states[row.item_id][row.state] += 1
+            answers: dict[int, list[Answer]] = defaultdict(list)
+            for given in _counted(c.execute(_log(events.c.item_id.in_(chunk)))):
+                answers[given.item_id].append(given.body["answer"])
+            for item_id in chunk:
+                num_taken = states[item_id][LENT] + states[item_id][DONE]
+                wanted = batch.asks.wanted(answers[item_id], batch.num_people, batch.settings["extra_rater"])
+                values.append(
+                    {
+                        "settled": item_id,
+                        "num_taken": num_taken,
+                        "num_done": states[item_id][DONE],
+                        "num_wanted": max(wanted, num_taken),
+                    }
+                )
+        if values:
+            c.execute(update(items).where(items.c.id == bindparam("settled")), values)
 
     def _counted_of(self, c: Connection, item_id: int) -> list[dict[str, Any]]:
         return [row.body for row in _counted(c.execute(_log(events.c.item_id == item_id)))]
@@ -979,6 +1062,10 @@ class Store:
         given = [] if person is None else [events.c.person_id == person.id]
         return self._answers(batch, _counted, *given)
 
+    def answers_to(self, batch: Batch, item_id: int) -> list[CountedAnswer]:
+        """Everyone's answers about one item that count, oldest first."""
+        return self._answers(batch, _counted, events.c.item_id == item_id)
+
     def adjudications(self, batch: Batch) -> list[CountedAnswer]:
         """The leads' decisions, the latest of each item."""
         return self._answers(batch, _adjudicated, events.c.kind == "adjudicate")
@@ -989,9 +1076,12 @@ class Store:
         counts: Callable[[Iterable[Row[Any]]], list[Row[Any]]],
         *where: ColumnElement[bool],
     ) -> list[CountedAnswer]:
+        about = items.c.batch_id == batch.id
+        if where:
+            about &= items.c.id.in_(select(events.c.item_id).where(events.c.batch_id == batch.id, *where))
         with self._reading() as c:
             rows = counts(c.execute(_log(events.c.batch_id == batch.id, *where)))
-            found = self._items(c, items.c.batch_id == batch.id, whole=True)
+            found = self._items(c, about, whole=True)
             known = {row.id: _person(row) for row in c.execute(select(people))}
         return [
             CountedAnswer(
@@ -1007,22 +1097,10 @@ class Store:
             for row in rows
         ]
 
-    def to_adjudicate(self, batch: Batch) -> list[Dispute]:
-        """Finished items whose people disagree and on which no lead has decided."""
-        if not batch.asks.is_adjudicated:
-            return []
-        decided = {decision.item.id for decision in self.adjudications(batch)}
-        by_item: dict[int, list[CountedAnswer]] = defaultdict(list)
-        for counted in self.answers(batch):
-            by_item[counted.item.id].append(counted)
-        return [
-            Dispute(given[0].item, given)
-            for item_id, given in sorted(by_item.items())
-            if item_id not in decided
-            and not given[0].is_gold
-            and len(given) >= given[0].item.num_wanted
-            and batch.asks.needs_lead([counted.answer for counted in given])
-        ]
+    def to_adjudicate(self, batch: Batch) -> list[int]:
+        """Ids of the finished items whose people disagree and on which no lead has decided."""
+        with self._tally(batch) as tally:
+            return sorted(tally.disputed)
 
     def events(self, batch: Batch) -> list[Event]:
         """The whole log, in the order it was written."""
@@ -1038,23 +1116,62 @@ class Store:
 
     def standing(self, batch: Batch) -> Standing:
         """How the batch goes: agreement, what was answered, and each person's work."""
-        asks, given = batch.asks, self.answers(batch)
-        counted = [one for one in given if not one.is_gold]
-        votes = [(one.item.id, one.person.id, asks.vote(one.answer)) for one in counted]
-        agreement = rating_agreement(vote for vote in votes if vote[2] is not None)
-        by_person: dict[Person, list[CountedAnswer]] = defaultdict(list)
-        for one in given:
-            by_person[one.person].append(one)
-        return Standing(
-            num_answers=len(counted),
-            raw_agreement=agreement.raw,
-            alpha=agreement.alpha,
-            options=dict(Counter(asks.option(one.answer) for one in counted)),
-            people=[
-                _person_standing(asks, person, theirs)
-                for person, theirs in sorted(by_person.items(), key=lambda pair: pair[0].name)
-            ],
+        with self._tally(batch) as tally:
+            return Standing(
+                num_answers=tally.options.total(),
+                raw_agreement=tally.raw_agreement,
+                alpha=tally.alpha,
+                options=dict(+tally.options),
+                people=[
+                    _person_standing(person, tally.people[person.id])
+                    for person in self.people()
+                    if person.id in tally.people
+                    and (tally.people[person.id].num_answers or tally.people[person.id].num_gold)
+                ],
+                num_disputed=len(tally.disputed),
+            )
+
+    @contextmanager
+    def _tally(self, batch: Batch) -> Iterator[Tally]:
+        """The batch's tally with all that is in the log, which no other thread changes meanwhile."""
+        with self._tallying:
+            tally = self._tallies.pop(batch.id, None) or Tally(batch.asks)
+            with self._reading() as c:
+                before = events.c.batch_id == batch.id, events.c.id <= tally.last_event
+                # Two writers to PostgreSQL may commit in another order than that of their events' ids.
+                if _count(c, events, *before) != tally.num_events:
+                    tally = Tally(batch.asks)
+                self._add_new(c, batch, tally)
+            self._tallies[batch.id] = tally  # only whole: one that was stopped midway is made anew
+            yield tally
+
+    def _add_new(self, c: Connection, batch: Batch, tally: Tally) -> None:
+        new = (
+            select(events, items.c.gold, items.c.num_wanted)
+            .join(items, items.c.id == events.c.item_id)
+            .where(events.c.batch_id == batch.id, events.c.id > tally.last_event)
+            .order_by(events.c.id)
         )
+        for row in c.execute(new.execution_options(yield_per=1000)):
+            tally.last_event, tally.num_events = row.id, tally.num_events + 1
+            if row.kind == "adjudicate":
+                tally.decide(row.item_id)
+                continue
+            body, change = (row.body, 1) if row.kind == "answer" else (self._taken_back(c, row), -1)
+            tally.count(change, row.item_id, row.person_id, body, row.gold, row.num_wanted)
+        tally.settle()
+
+    def _taken_back(self, c: Connection, undo: Row[Any]) -> dict[str, Any]:
+        """The body of the answer that this event takes back."""
+        answer = (
+            select(events.c.body)
+            .where(events.c.assignment_id == undo.assignment_id, events.c.id < undo.id)
+            .where(events.c.kind == "answer")
+            .order_by(events.c.id.desc())
+            .limit(1)
+        )
+        body: dict[str, Any] = c.execute(answer).scalar_one()
+        return body
 
     # Refusals
 
@@ -1133,6 +1250,11 @@ def _stored(asks: type[Question], answer: Answer, left: Slot) -> Answer:
         raise Refused(422, str(error)) from None
 
 
+def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """No longer than what any database takes in one question."""
+    return (values[start : start + 500] for start in range(0, len(values), 500))
+
+
 def _in_block(history: Sequence[Any], index: int, size: int) -> Sequence[Any]:
     """The latest of ``history`` in the same block of ``size`` as ``index``, the place that comes next."""
     return history[len(history) - index % size :]
@@ -1157,29 +1279,28 @@ def _adjudicated(rows: Iterable[Row[Any]]) -> list[Row[Any]]:
     return list({row.item_id: row for row in rows}.values())
 
 
-def _person_standing(asks: type[Question], person: Person, given: Sequence[CountedAnswer]) -> PersonStanding:
-    chosen = [asks.to_sides(one.answer, one.left_slot).get("choice") for one in given]
-    num_left, num_right = chosen.count("left"), chosen.count("right")
-    spans = [(one.times.get("shown_at"), one.times.get("submitted_at")) for one in given]
-    seconds = [
-        submitted - shown
-        for shown, submitted in spans
-        if isinstance(shown, int | float) and isinstance(submitted, int | float)
-    ]
-    gold = [asks.matches(one.answer, one.item.gold) for one in given if one.item.gold is not None]
+def _person_standing(person: Person, theirs: PersonTally) -> PersonStanding:
     return PersonStanding(
         person=person,
-        num_answers=len(given) - len(gold),
-        num_sided=num_left + num_right,
-        share_left=num_left / (num_left + num_right) if num_left + num_right else None,
-        median_seconds=statistics.median(seconds) if seconds else None,
-        num_gold=len(gold),
-        num_gold_right=sum(gold),
+        num_answers=theirs.num_answers,
+        num_sided=theirs.num_left + theirs.num_right,
+        share_left=theirs.share_left,
+        median_seconds=theirs.median_seconds,
+        num_gold=theirs.num_gold,
+        num_gold_right=theirs.num_gold_right,
     )
 
 
 def _person(row: Row[Any]) -> Person:
-    return Person(row.id, row.name, row.role, row.is_active, row.session_version, row.created_at)
+    return Person(
+        row.id,
+        row.name,
+        row.role,
+        row.is_active,
+        row.session_version,
+        row.created_at,
+        row.invitation_expires,
+    )
 
 
 def _batch(row: Row[Any]) -> Batch:
@@ -1275,7 +1396,6 @@ def _item_values(batch: Batch, item: NewItem) -> dict[str, Any]:
         "group_name": cleaned["group"],
         "prompt": cleaned["prompt"],
         "caption": cleaned["caption"],
-        "author_id": item.author,
         # Mixed, and the same each time.
         "order_key": hashlib.sha256(f"{batch.public_id}/{name}".encode()).hexdigest(),
         "gold": gold,
@@ -1284,6 +1404,48 @@ def _item_values(batch: Batch, item: NewItem) -> dict[str, Any]:
         "num_done": 0,
         "extra": _plain(dict(item.extra), f"extra of {where}"),
     }
+
+
+def _imported(batch: Batch, one: GivenAnswer, now: float) -> tuple[float, dict[str, Any]]:
+    """When it was given, and the body of its event, still without the guideline's version.
+
+    Raises:
+        ValueError: it is no answer, or cannot be kept.
+    """
+    asks, what = batch.asks, f"the answer to item {one.item.name!r}"
+    try:
+        stored = asks.to_slots(asks.check(asks.to_sides(one.answer, one.left_slot)), one.left_slot)
+    except (KeyError, TypeError):  # no side is called so
+        raise ValueError(
+            f"{what} is {one.answer!r}: it does not belong to the question {asks.name}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    at = now if one.at is None else one.at
+    if one.kind not in ("answer", "adjudicate") or one.left_slot not in ("A", "B") or not math.isfinite(at):
+        raise ValueError(
+            f"{what} has kind {one.kind!r}, left_slot {one.left_slot!r}, at {at!r}: one is not possible"
+        )
+    return at, {
+        "answer": stored,
+        "left_slot": one.left_slot,
+        "times": _plain(dict(one.times), f"times of {what}"),
+        "client": {"imported": True},
+    }
+
+
+PictureFiles = Mapping[str | Path, Mapping[str, Any]]  # paths as items name them -> rows of pictures
+
+
+def read_pictures(new_items: Iterable[NewItem]) -> PictureFiles:
+    """What has to be known of the items' pictures before they can be added.
+
+    Raises:
+        ValueError: one is not a picture that browsers show.
+        OSError: one cannot be read.
+    """
+    paths = {path for item in new_items for path, _ in item.pictures.values()}
+    return {path: _read_picture(Path(path).resolve()) for path in sorted(paths, key=str)}
 
 
 def _read_picture(path: Path) -> dict[str, Any]:

@@ -227,8 +227,9 @@ class WinRate:
     Attributes:
         win: share of all labels, ties included: the paper's win rate. ``win + tie + lose`` is 1.
         ci95: Wilson's interval of ``win``, on the effective number of labels where prompts repeat.
-        win_minus_lose_ci95: from the variance [(W + L) - (W - L)^2] / n, clustered by prompt.
-        win_minus_lose_bootstrap95: percentiles of 10,000 resamplings of the prompts, at a fixed seed.
+        win_minus_lose_ci95: Tango's score interval, on the effective number of labels where prompts repeat.
+        win_minus_lose_bootstrap95: percentiles of 10,000 resamplings of the prompts, at a fixed seed; too
+            narrow for few prompts.
         ties_excluded: W / (W + L), None where every label is a tie.
         sign_test_p: exact two-sided sign test (McNemar's exact) over prompts that are not even.
         two_way_ci95: interval of ``win`` over new prompts and new raters, None without raters; holds for the
@@ -368,33 +369,61 @@ def wilson_ci95(share: float, num: float) -> Interval:
     return (max(0.0, centre - half) if share > 0 else 0.0), (min(1.0, centre + half) if share < 1 else 1.0)
 
 
+def tango_ci95(win: float, lose: float, num: float) -> Interval:
+    """Tango's score interval of ``win - lose`` among ``num`` independent answers, ties being what is left.
+
+    Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design" (Statistics in Medicine 17, 1998): the differences that a score test at 5 % does not refuse, as
+    Wilson's are of a share. The interval from the variance at the estimate, [(W + L) - (W - L)^2] / n, holds
+    the truth too seldom for few prompts: at 20 and 83 % wins, 2 % ties, in 86 % of the cases, this in 96 %.
+
+    Args:
+        win, lose: shares in [0, 1] that add up to at most 1.
+    """
+    estimate = win - lose
+
+    def is_refused(difference: float) -> bool:
+        # The most likely share of losses if the true difference were this one.
+        b = (2 - win + lose) * difference - win - lose
+        root = math.sqrt(max(0.0, b * b + 8 * lose * difference * (1 - difference)))
+        variance = (root - b) / 2 + difference * (1 - difference)
+        return num * (estimate - difference) ** 2 > _Z**2 * variance
+
+    ends = []
+    for outermost in (-1.0, 1.0):
+        inside, outside = estimate, outermost
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if is_refused(middle) else (middle, outside)
+        ends.append(inside)
+    return ends[0], ends[1]
+
+
 def _variance_of_mean(values: NDArray[Any], clusters: NDArray[np.intp]) -> float:
     """Cluster-robust; with one value per cluster the plain population variance over n."""
     deviations = np.bincount(clusters, values - values.mean())
     return float(deviations @ deviations) / len(values) ** 2
 
 
+def _num_effective(values: NDArray[Any], clusters: NDArray[np.intp]) -> float:
+    """How many independent labels would say as much: fewer by Kish's design effect."""
+    independent = float(values.var()) / len(values)
+    if independent == 0:
+        return len(np.unique(clusters))
+    return len(values) / max(1.0, _variance_of_mean(values, clusters) / independent)
+
+
 def _share_ci95(hits: NDArray[np.bool_], clusters: NDArray[np.intp]) -> Interval:
-    share, num = float(hits.mean()), len(hits)
-    independent = share * (1 - share) / num
-    if independent > 0:  # Kish's design effect: how much less the labels say than independent ones would
-        num_effective = num / max(1.0, _variance_of_mean(hits, clusters) / independent)
-    else:
-        num_effective = len(np.unique(clusters))
-    return wilson_ci95(share, num_effective)
+    return wilson_ci95(float(hits.mean()), _num_effective(hits, clusters))
 
 
 def _difference_ci95(signs: NDArray[np.int_], clusters: NDArray[np.intp]) -> Interval:
-    mean, variance = float(signs.mean()), _variance_of_mean(signs, clusters)
-    if variance == 0:
-        return _unanimous_ci95(signs, clusters)
-    half = _Z * math.sqrt(variance)
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    return tango_ci95(float(np.mean(signs > 0)), float(np.mean(signs < 0)), _num_effective(signs, clusters))
 
 
 def _difference_bootstrap95(signs: NDArray[np.int_], clusters: NDArray[np.intp]) -> Interval:
-    if _variance_of_mean(signs, clusters) == 0:
-        return _unanimous_ci95(signs, clusters)
+    if _variance_of_mean(signs, clusters) == 0:  # no resampling differs from another
+        return _difference_ci95(signs, clusters)
     sums = resample(np.stack([np.bincount(clusters, signs), np.bincount(clusters)], axis=1))
     low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
     return float(low), float(high)
@@ -437,12 +466,6 @@ def _two_way95(
     tail = NormalDist().cdf(stdtrit(few - 1, 0.025) * math.sqrt(few / (few - 1)))
     low, high = np.quantile(sums / counts, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _unanimous_ci95(signs: NDArray[np.int_], clusters: NDArray[np.intp]) -> Interval:
-    """Where all prompts agree, their spread says nothing; Wilson's ends of wins and of losses do."""
-    win, lose = _share_ci95(signs > 0, clusters), _share_ci95(signs < 0, clusters)
-    return win[0] - lose[1], win[1] - lose[0]
 
 
 def _sign_test(net: NDArray[Any]) -> float:

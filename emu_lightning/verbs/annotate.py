@@ -13,10 +13,11 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,40 +130,43 @@ def add(
         database: as for `emu annotate`.
     """
     from emu_lightning.annotation import exchange
+    from emu_lightning.annotation.store import read_pictures
 
     if (question is None) == (batch is None):
         raise ValueError("give --question for a new batch, or --batch to add to one; one of the two")
-    with _opened(store, database, make=True) as opened:
-        folders: dict[Any, Any] = {"A": a} if b is None else {"A": a, "B": b}
-        sources: dict[str, tuple[str | None, Callable[[str], list[NewItem]]]] = {
-            "--a": (a, lambda _: exchange.folder_items(folders, prompts_file)),
-            "--manifest": (
-                manifest,
-                lambda path: exchange.manifest_items(path, Path(store) / "unpacked", keep, caption, concept),
+    if question is not None:
+        _check_question(question)
+    folders: dict[Any, Any] = {"A": a} if b is None else {"A": a, "B": b}
+    sources: dict[str, tuple[str | None, Callable[[str, Store], list[NewItem]]]] = {
+        "--a": (a, lambda _, opened: exchange.folder_items(folders, prompts_file)),
+        "--manifest": (
+            manifest,
+            lambda path, opened: exchange.manifest_items(
+                path, Path(store) / "unpacked", keep, caption, concept
             ),
-            "--captions": (
-                captions,
-                lambda name: exchange.caption_items(opened, find_batch(opened, name)),
-            ),
-            "--file": (
-                file,
-                lambda path: exchange.row_items(opened, exchange.read_rows(path), _anywhere(path)),
-            ),
-        }
-        given = [(value, read) for value, read in sources.values() if value is not None]
-        if len(given) != 1:
-            raise ValueError(f"give pictures by one of {', '.join(sources)}")
-        ((value, read),) = given
-        items = read(value)
-        if batch is not None:
-            into = find_batch(opened, batch)
-        else:
-            settings = {"extra_rater": extra_rater} | (
-                {} if gold_every is None else {"gold_every": gold_every}
-            )
-            text = None if guideline is None else Path(guideline).read_text(encoding="utf-8")
-            into = _new_batch(opened, str(question), title, num_people, settings, text)
-        num = _put(opened, into, items)
+        ),
+        "--captions": (
+            captions,
+            lambda name, opened: exchange.caption_items(opened, find_batch(opened, name)),
+        ),
+        "--file": (
+            file,
+            lambda path, opened: exchange.row_items(exchange.read_rows(path), _anywhere(path)),
+        ),
+    }
+    given = [(value, read) for value, read in sources.values() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give pictures by one of {', '.join(sources)}")
+    ((value, read),) = given
+    text = None if guideline is None else Path(guideline).read_text(encoding="utf-8")
+    settings = {"extra_rater": extra_rater} | ({} if gold_every is None else {"gold_every": gold_every})
+    with _left_as_found(Path(store), database), _opened(store, database, make=True) as opened:
+        items = read(value, opened)
+        into = None if batch is None else find_batch(opened, batch)
+        files = read_pictures(items) if into is None else opened.new_pictures(into, items)
+        with opened.at_once():
+            into = into or _new_batch(opened, str(question), title, num_people, settings, text)
+            num = opened.add_items(into, items, files)
     print(f"items added to {into.title!r} ({into.public_id}): {num:,}; people for each: {into.num_people}")
 
 
@@ -267,15 +271,16 @@ def fill(store: Store, folder: Path) -> None:
         for each, fraction in zip(pair, (0.0, 1.0), strict=True):
             draw_world(each, seed=2, skilled_fraction=fraction)
     pairs = exchange.folder_items({"A": pair[0], "B": pair[1]})[:NUM_FILLED]
-    for question, items in {
-        "screening": pictures,
-        "photography": pictures,
-        "caption": pictures,
-        "verification": pictures,
-        "appeal": pairs,
-        "faithfulness": pairs,
-    }.items():
-        _put(store, _new_batch(store, question), items)
+    with store.at_once():
+        for question, items in {
+            "screening": pictures,
+            "photography": pictures,
+            "caption": pictures,
+            "verification": pictures,
+            "appeal": pairs,
+            "faithfulness": pairs,
+        }.items():
+            store.add_items(_new_batch(store, question), items)
 
 
 def draw_world(folder: Path, seed: int, skilled_fraction: float) -> list[tuple[str, str]]:
@@ -321,8 +326,6 @@ def _new_batch(
 ) -> Batch:
     from emu_lightning.annotation.questions import QUESTIONS
 
-    if question not in QUESTIONS:
-        raise ValueError(f"question {question!r} is not known{_did_you_mean(question, QUESTIONS)}")
     if title is None:
         taken = {batch.title for batch in store.batches()}
         plain = QUESTIONS[question].title
@@ -331,18 +334,42 @@ def _new_batch(
     return store.add_batch(question, title, num_people, settings, guideline)
 
 
-def _put(store: Store, batch: Batch, items: list[NewItem]) -> int:
-    """Adds items; nobody is asked about a batch that could not be completed."""
-    try:
-        return store.add_items(batch, items)
-    except BaseException:
-        store.set_open(batch, False)
-        raise
+def _check_question(question: str) -> None:
+    from emu_lightning.annotation.questions import QUESTIONS
+
+    if question not in QUESTIONS:
+        raise ValueError(f"question {question!r} is not known{_did_you_mean(question, QUESTIONS)}")
 
 
 def _anywhere(file: str) -> list[Path]:
     """Where pictures named in a file of one's own may lie; relative paths start beside it."""
     return [Path(file).parent, Path("/")]
+
+
+@contextmanager
+def _left_as_found(folder: Path, database: str | None) -> Iterator[None]:
+    """A store that was not there, and its folder, are gone again where what would have filled it fails."""
+    from emu_lightning.annotation.store import Store
+
+    file = folder / "annotation.db"
+    is_new = database is None and not file.exists()
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        if is_new and file.exists():
+            made = Store(f"sqlite:///{file}")
+            is_empty = not (made.batches() or made.people())  # nobody else has filled it meanwhile
+            made.close()
+            if is_empty:
+                for suffix in ("", "-wal", "-shm"):
+                    Path(f"{file}{suffix}").unlink(missing_ok=True)
+        if missing and not file.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            for each in missing[1:]:
+                with suppress(OSError):
+                    each.rmdir()
+        raise
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 from emu_lightning.annotation.derive import decisions, judgements, pseudonym
 from emu_lightning.annotation.exchange import EXPORTS
 from emu_lightning.annotation.questions import Photography
-from emu_lightning.annotation.store import Batch, NewItem, Store
+from emu_lightning.annotation.store import Batch, GivenAnswer, NewItem, Store
 from emu_lightning.evaluation.votes import Judgement, majority_labels
 
 GOOD = {**dict.fromkeys(Photography.criteria, 2), "accept": True, "reasons": ["exceptional"], "comment": ""}
@@ -35,9 +35,11 @@ def ask(sqlite_store: Store, picture_files: list[Path]):
         texts = {"prompt": "a fox"} if batch.asks.shows_prompt else {}
         texts |= {"caption": "As written."} if batch.asks.shows_caption else {}
         sqlite_store.add_items(batch, [NewItem(name, pictures, **{**texts, **fields}) for name in answers])
+        given = []
         for item in sqlite_store.items(batch):
             for number, answer in enumerate(answers.get(item.name, ())):
-                sqlite_store.import_answer(batch, item, known[f"person {number}"], answer)
+                given.append(GivenAnswer(item, known[f"person {number}"], answer))
+        sqlite_store.import_answers(batch, given)
 
     return asked
 

@@ -113,6 +113,97 @@ def test_another_store_holds_the_same_after_an_import(judged, tmp_path: Path, na
     assert (progress.done, progress.total) == (store.progress(batch).done, store.progress(batch).total)
 
 
+def held(store: Store, batch: Batch) -> tuple[int, int, int, int]:
+    """Items, answers that count, events, people."""
+    return tuple(  # type: ignore[return-value]
+        map(len, (store.items(batch), store.answers(batch), store.events(batch), store.people()))
+    )
+
+
+def file_of_answers(folder: Path, picture: Path, num: int) -> Path:
+    """Items of two answers each; who gave them, and who wrote the captions, is new to any store."""
+    rows = [
+        row(
+            item=f"item {n}",
+            path_a=str(picture),
+            caption="A fox.",
+            author="writer",
+            person=person,
+            answer={"verdict": "accept"},
+        )
+        for n in range(num)
+        for person in ("ada", "bob")
+    ]
+    path = folder / "answers.jsonl"
+    path.write_bytes(TABLES["jsonl"].write(rows, ANSWERS))
+    return path
+
+
+@pytest.mark.parametrize("at", ["add_items", "import_answers", "_add_assignments", "_settle"])
+def test_an_import_that_fails_midway_changes_nothing(
+    store: Store, tmp_path: Path, picture_files: list[Path], monkeypatch, at: str
+) -> None:
+    batch = store.add_batch("verification", "Texts", num_people=2)
+    rows = exchange.read_rows(file_of_answers(tmp_path, picture_files[0], 3))
+    roots = [picture_files[0].parent]
+    before, whole = held(store, batch), getattr(Store, at)
+
+    def fail(*args: Any) -> None:
+        whole(*args)
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is full"):
+        patched.setattr(Store, at, fail)
+        exchange.import_rows(store, batch, rows, roots)
+    assert held(store, batch) == before == (0, 0, 0, 0)
+    assert exchange.import_rows(store, batch, rows, roots) == (3, 6)
+    assert held(store, batch) == (3, 6, 6, 3)
+    assert exchange.import_rows(store, batch, rows, roots) == (0, 0)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from emu_lightning.annotation import exchange
+from emu_lightning.annotation.store import Store
+
+url, file = sys.argv[1:]
+settle = Store._settle
+
+def killed(*args):
+    settle(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Store._settle = killed
+store = Store(url)
+exchange.import_rows(store, store.batches()[0], exchange.read_rows(file), [Path("/")])
+"""
+
+
+def test_an_import_that_is_killed_midway_changes_nothing(
+    sqlite_store: Store, tmp_path: Path, picture_files: list[Path]
+) -> None:
+    """Killed when all is written and nothing is committed; others can write at once."""
+    batch = sqlite_store.add_batch("verification", "Texts", num_people=2)
+    file = file_of_answers(tmp_path, picture_files[0].resolve(), 300)
+    url = f"sqlite:///{tmp_path / 'votes.db'}"
+    ended = subprocess.run([sys.executable, "-c", KILLED, url, str(file)])
+    assert ended.returncode == -9 and held(sqlite_store, batch) == (0, 0, 0, 0)
+    rows = exchange.read_rows(file)
+    assert exchange.import_rows(sqlite_store, batch, rows, [Path("/")]) == (300, 600)
+
+
+def test_a_row_that_is_wrong_keeps_all_others_out(
+    sqlite_store: Store, tmp_path: Path, picture_files: list[Path]
+) -> None:
+    batch = sqlite_store.add_batch("verification", "Texts", num_people=2)
+    rows = exchange.read_rows(file_of_answers(tmp_path, picture_files[0], 3))
+    rows[-1]["answer"] = {"verdict": "perhaps"}
+    with pytest.raises(ValueError, match="item 2"):
+        exchange.import_rows(sqlite_store, batch, rows, [picture_files[0].parent])
+    assert held(sqlite_store, batch) == (0, 0, 0, 0)
+
+
 def test_an_import_is_refused_in_one_line(sqlite_store: Store, picture_files: list[Path]) -> None:
     batch = sqlite_store.add_batch("screening", "s")
     inside = [picture_files[0].parent]

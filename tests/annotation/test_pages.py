@@ -15,7 +15,15 @@ from emu_lightning.annotation.access import Settings
 from emu_lightning.annotation.pages import Finding, duration, findings, share, to_look_at
 from emu_lightning.annotation.questions import QUESTIONS
 from emu_lightning.annotation.server import create_app
-from emu_lightning.annotation.store import Batch, NewItem, Person, PersonStanding, Standing, Store
+from emu_lightning.annotation.store import (
+    INVITATION_SECONDS,
+    Batch,
+    NewItem,
+    Person,
+    PersonStanding,
+    Standing,
+    Store,
+)
 
 PASSWORD = "correct horse"
 PACKAGE = Path(pages.__file__).parent
@@ -121,6 +129,7 @@ def test_an_invitation_from_the_lead_to_the_first_page(visit, crew, sqlite_store
     reply = post(lead, "/lead/people", "/lead/people", name="Mo", role="generalist")
     link = re.search(r'value="(http://testserver/join/[^"]+)"', reply.text)
     assert link and "/join/" not in lead.get("/lead/people").text, "the link is shown once"
+    assert lead.get("/lead/people").text.count("not accepted yet") == 1
 
     mo = visit()
     assert "Welcome, Mo" in mo.get(link[1]).text
@@ -130,6 +139,7 @@ def test_an_invitation_from_the_lead_to_the_first_page(visit, crew, sqlite_store
         first.url.path == "/" and "Appeal in June" in first.text and "Not for generalists" not in first.text
     )
     assert visit().get(link[1]).status_code == 404, "it works once"
+    assert "not accepted" not in lead.get("/lead/people").text
 
     post(mo, "/", "/logout")
     assert mo.get("/").url.path == "/login"
@@ -281,6 +291,24 @@ def test_what_is_taken_out_can_be_brought_in_elsewhere(visit, crew, sqlite_store
     assert bring(csv, "answers.exe").status_code == 422
 
 
+def test_an_invitation_that_nobody_took_is_told(visit, crew, sqlite_store, clock):
+    lead = visit("Lena")
+    sqlite_store.invite("Mo", "generalist")
+    clock.now += INVITATION_SECONDS + 1
+    assert "not accepted, expired" in lead.get("/lead/people").text
+
+
+@pytest.mark.parametrize("question, num_people", [("caption", None), ("caption", 3), ("verification", None)])
+def test_nothing_is_said_of_agreement_where_there_is_none(
+    visit, crew, sqlite_store, make_items, question, num_people
+):
+    batch = sqlite_store.add_batch(question, "Texts", num_people)
+    sqlite_store.add_items(batch, make_items(batch, 2))
+    page = visit("Lena").get(f"/lead/{batch.public_id}").text
+    assert "agree" not in page.split('id="guideline"')[0] and "alpha" not in page
+    assert ("nown answer" in page) == (question == "verification")  # a text is no known answer
+
+
 def test_a_lead_locks_someone_out_but_never_themselves(visit, crew, sqlite_store):
     ana, lead = visit("Ana"), visit("Lena")
     post(lead, "/lead/people", f"/lead/people/{crew['Ana'].id}/active", is_active="no")
@@ -363,6 +391,9 @@ def test_text_stands_out_from_its_ground(scheme):
 # --- what a lead is told ----------------------------------------------------------------------------------
 
 
+PAIRS = Batch(1, "0", "appeal", "Pairs", 5, {}, True, 0.0)
+
+
 def _one(name: str, **values: object) -> PersonStanding:
     person = Person(hash(name), name, "generalist", True, 1, 0.0)
     usual = dict(
@@ -396,7 +427,7 @@ def test_why_someone_is_pointed_at(values, why):
     odd = _one("Odd", **values)
     standing = _standing([_one("Ana"), _one("Ben"), odd])
     assert to_look_at(odd, standing) == [why]
-    assert Finding("look", f"Worth a look: Odd ({why}).") in findings(standing)
+    assert Finding("look", f"Worth a look: Odd ({why}).") in findings(PAIRS, standing)
 
 
 def test_few_answers_point_at_nobody():
@@ -419,19 +450,21 @@ def test_few_answers_point_at_nobody():
     ],
 )
 def test_agreement_in_words(alpha, kind, words):
-    first = findings(_standing([_one("Ana")], alpha))[0]
+    first = findings(PAIRS, _standing([_one("Ana")], alpha))[0]
     assert first.kind == kind and words in first.line
 
 
 def test_a_low_alpha_of_a_lopsided_batch_is_explained_rather_than_blamed():
-    first = findings(_standing([_one("Ana")], alpha=0.3, raw=0.83, A=90, B=10))[0]
+    first = findings(PAIRS, _standing([_one("Ana")], alpha=0.3, raw=0.83, A=90, B=10))[0]
     assert first.kind == "sound" and "90\u00a0%" in first.line and "83\u00a0%" in first.line
 
 
 def test_known_answers_are_summed_over_people():
     people = [_one("Ana", num_gold=10, num_gold_right=9), _one("Ben", num_gold=10, num_gold_right=3)]
-    assert findings(_standing(people))[1] == Finding("look", "12 of 20 known answers are right (60\u00a0%).")
-    assert findings(_standing([_one("Ana", num_gold=0, num_gold_right=0)]))[1].kind == "wait"
+    assert findings(PAIRS, _standing(people))[1] == Finding(
+        "look", "12 of 20 known answers are right (60\u00a0%)."
+    )
+    assert findings(PAIRS, _standing([_one("Ana", num_gold=0, num_gold_right=0)]))[1].kind == "wait"
 
 
 def test_figures_in_words():

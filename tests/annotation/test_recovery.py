@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import multinomial
 from sqlalchemy import create_engine, text
 
-from benchmarks import annotation
+from benchmarks import annotation, annotation_pages
 from benchmarks.annotation import (
     compare,
     load_on,
     majority_probability,
     pairs,
+    tango_coverage,
     vote_probabilities,
     wilson_coverage,
 )
 from benchmarks.annotation_client import Acknowledged
+from emu_lightning.annotation.questions import QUESTIONS
 from emu_lightning.annotation.store import Store
+from emu_lightning.evaluation.votes import tango_ci95
 
 
 @pytest.mark.slow
@@ -115,6 +119,25 @@ def test_wilsons_coverage_is_that_of_the_hits_whose_intervals_hold_it() -> None:
     assert wilson_coverage(10, 0.5) == pytest.approx(1 - 2 * (1 + 10) / 2**10)
 
 
+def test_tangos_coverage_is_that_of_the_outcomes_whose_intervals_hold_it() -> None:
+    """Against scipy's multinomial distribution, and with every interval as wide as can be."""
+    win, lose, num, total = 0.6, 0.3, 6, 0.0
+    for wins, losses in ((a, b) for a in range(num + 1) for b in range(num + 1 - a)):
+        low, high = tango_ci95(wins / num, losses / num, num)
+        chance = multinomial.pmf([wins, losses, num - wins - losses], num, [win, lose, 1 - win - lose])
+        total += chance * (low <= win - lose <= high)
+    assert tango_coverage(num, win, lose) == pytest.approx(total) and 0.9 < total < 1
+
+
+def test_pages_are_pictured_with_work_of_every_question_in_them(tmp_path: Path, in_tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'votes.db'}")
+    batches = annotation_pages.fill_with_work(store, tmp_path)
+    assert set(batches) == set(QUESTIONS)
+    assert all(0 < store.progress(one).done < store.progress(one).total for one in batches.values())
+    assert store.standing(batches["photography"]).num_disputed > 0
+    store.close()
+
+
 @pytest.mark.slow
 @pytest.mark.smoke
 def test_votes_of_known_raters_lead_back_to_the_truth(tmp_path: Path) -> None:
@@ -123,6 +146,9 @@ def test_votes_of_known_raters_lead_back_to_the_truth(tmp_path: Path) -> None:
     assert found["votes"] == 6 * 12 * 5
     # six means of 12 prompts; within four standard errors of the exact probability
     assert abs(found["mean_estimate"] - found["truth"]) < 4 * (0.25 / 72) ** 0.5
+    difference = found["win_minus_lose_mean_estimate"] - found["win_minus_lose_truth"]
+    assert abs(difference) < 4 * (1 / 72) ** 0.5
+    assert found["win_minus_lose_expected"] > 0.94
 
 
 def test_what_is_not_here_is_said(monkeypatch, tmp_path: Path) -> None:

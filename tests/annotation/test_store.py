@@ -7,19 +7,32 @@ import math
 import os
 import random
 import signal
+import sqlite3
+import statistics
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from emu_lightning.annotation.store import Assignment, Batch, NewItem, Person, Receipt, Refused, Store
+from emu_lightning.annotation.store import (
+    Assignment,
+    Batch,
+    GivenAnswer,
+    NewItem,
+    Person,
+    Receipt,
+    Refused,
+    Store,
+)
+from emu_lightning.evaluation.agreement import rating_agreement
 from tests.annotation.conftest import Clock, MakeItems
 
 ANSWERS: dict[str, dict[str, Any]] = {
@@ -486,19 +499,21 @@ def test_a_lead_decides_what_specialists_dispute(store: Store, make_items: MakeI
         lent = {item.item.name: item for item in store.lend(person, batch, 3)}
         for name, verdict in zip(sorted(lent), verdicts, strict=False):
             give(store, person, lent[name], accept if verdict == "y" else reject)
-    [dispute] = store.to_adjudicate(batch)
-    assert dispute.item.name == "item-1"
-    assert [answer.answer["accept"] for answer in dispute.answers] == [True, False]
+    [disputed] = store.to_adjudicate(batch)
+    opinions = store.answers_to(batch, disputed)
+    item = opinions[0].item
+    assert item.name == "item-1" and store.standing(batch).num_disputed == 1
+    assert [answer.answer["accept"] for answer in opinions] == [True, False]
     agreed = next(item for item in store.items(batch) if item.name == "item-0")
     with refuses(409, "disagree"):
         store.adjudicate(lead, agreed, reject)
     with refuses(403):
-        store.adjudicate(one, dispute.item, reject)
+        store.adjudicate(one, item, reject)
     with refuses(422, "story"):
-        store.adjudicate(lead, dispute.item, {**reject, "story": 7})
-    store.adjudicate(lead, dispute.item, reject)
+        store.adjudicate(lead, item, {**reject, "story": 7})
+    store.adjudicate(lead, item, reject)
     assert store.to_adjudicate(batch) == []
-    store.adjudicate(lead, dispute.item, accept)  # a second thought
+    store.adjudicate(lead, item, accept)  # a second thought
     [decision] = store.adjudications(batch)
     assert decision.person == lead and decision.answer["accept"] is True
     assert len(store.answers(batch)) == 5  # a decision is no vote
@@ -511,12 +526,16 @@ def test_answers_given_elsewhere(store: Store, clock: Clock, make_items: MakeIte
     items = store.items(batch)
     one, two = people(store, 2)
     [lent] = store.lend(one, batch, 1)
+
+    def bring(*given: Any, **fields: Any) -> int:
+        return store.import_answers(batch, [GivenAnswer(*given, **fields)])
+
     other = next(item for item in items if item.id != lent.item.id)
-    assert not store.import_answer(batch, lent.item, one.id, {"choice": "A"})  # was asked here
+    assert not bring(lent.item, one.id, {"choice": "A"})  # was asked here
     times = {"shown_at": "noon", "submitted_at": None}
-    assert store.import_answer(batch, other, one.id, {"choice": "A"}, left_slot="B", at=5.0, times=times)
-    assert not store.import_answer(batch, other, one.id, {"choice": "B"})
-    assert store.import_answer(batch, other, two.id, {"choice": "Tie"})  # one more than was wanted
+    assert bring(other, one.id, {"choice": "A"}, left_slot="B", at=5.0, times=times)
+    assert not bring(other, one.id, {"choice": "B"})
+    assert bring(other, two.id, {"choice": "Tie"})  # one more than was wanted
     assert store.lend(two, batch, 2) == []
     first, second = store.answers(batch)
     assert (first.answer, first.left_slot, first.at, first.times) == ({"choice": "A"}, "B", 5.0, times)
@@ -527,10 +546,10 @@ def test_answers_given_elsewhere(store: Store, clock: Clock, make_items: MakeIte
     check_books(store, batch)
     for answer in ({"choice": "left"}, {"choice": "both"}, {}, {"choice": []}):
         with pytest.raises(ValueError, match=other.name):
-            store.import_answer(batch, other, two.id, answer)
+            bring(other, two.id, answer)
     for fields in ({"kind": "undo"}, {"left_slot": "C"}, {"at": math.nan}, {"times": {"shown_at": math.inf}}):
         with pytest.raises(ValueError, match=lent.item.name):
-            store.import_answer(batch, lent.item, two.id, {"choice": "A"}, **fields)
+            bring(lent.item, two.id, {"choice": "A"}, **fields)
     assert len(store.events(batch)) == 2
 
 
@@ -538,10 +557,14 @@ def test_decisions_made_elsewhere(store: Store, make_items: MakeItems) -> None:
     batch = store.add_batch("photography", "Review")
     store.add_items(batch, make_items(batch, 1))
     [item], [lead] = store.items(batch), people(store, 1, "lead")
+
+    def bring(*given: Any, **fields: Any) -> int:
+        return store.import_answers(batch, [GivenAnswer(*given, **fields)])
+
     given = {**ANSWERS["photography"], "reasons": [], "comment": ""}
-    assert store.import_answer(batch, item, lead.id, given, kind="adjudicate")
-    assert not store.import_answer(batch, item, lead.id, given, kind="adjudicate")
-    assert store.import_answer(batch, item, lead.id, {**given, "accept": False}, kind="adjudicate")
+    assert bring(item, lead.id, given, kind="adjudicate")
+    assert not bring(item, lead.id, given, kind="adjudicate")
+    assert bring(item, lead.id, {**given, "accept": False}, kind="adjudicate")
     [decision] = store.adjudications(batch)
     assert decision.answer["accept"] is False and store.answers(batch) == []
 
@@ -611,6 +634,71 @@ def test_standing_against_counting_by_hand(store: Store, make_items: MakeItems) 
     assert (third.num_answers, third.num_gold, third.median_seconds) == (1, 0, 3.0)
     assert (first.num_sided, second.num_sided) == (3, 3)  # the tie is on no side
     assert first.share_left == lefts[0] / 3 and second.share_left == lefts[1] / 3
+
+
+@pytest.mark.parametrize("question", ["appeal", "photography", "screening"])
+def test_a_standing_kept_up_to_date_is_that_of_the_whole_log(
+    store: Store, database_url: str, clock: Clock, make_items: MakeItems, question: str
+) -> None:
+    """Answers and undone ones at random; after each few, against a store that reads all anew, and by hand."""
+    batch = store.add_batch(question, "Some", num_people=3, settings={"gold_every": 3})
+    store.add_items(batch, make_items(batch, 6))
+    known = {"appeal": {"choice": "A"}, "photography": {"accept": True}, "screening": {"choice": "keep"}}
+    picture = make_items(batch, 1)[0].pictures
+    store.add_items(batch, [NewItem(f"known-{n}", picture, gold=known[question]) for n in range(2)])
+    rng, crew = random.Random(0), people(store, 4, batch.asks.roles[-1])
+    [lead] = people(store, 1, "lead")
+    options = list(batch.asks.options)
+    for step in range(40):
+        person, clock.now = rng.choice(crew), clock.now + 1
+        if rng.random() < 0.3:
+            with suppress(Refused):
+                store.undo(person, batch)
+        for lent in store.lend(person, batch, 1):
+            option = rng.choice(options)
+            answer = {"choice": option}
+            if question == "photography":
+                answer = {**ANSWERS[question], "accept": option == "accept"}
+            times = {"shown_at": clock.now - 5 * rng.random(), "submitted_at": clock.now}
+            give(store, person, lent, answer, times=times)
+        if step % 9 == 8 and (disputed := store.to_adjudicate(batch)):
+            store.adjudicate(lead, store.item(batch, disputed[0]), {**ANSWERS[question], "accept": True})
+        if step % 4 == 0:
+            other = Store(database_url, clock)
+            assert store.standing(batch) == other.standing(batch)
+            assert store.to_adjudicate(batch) == other.to_adjudicate(batch)
+            other.close()
+    given = store.answers(batch)
+    votes = [(one.item.id, one.person.id, batch.asks.vote(one.answer)) for one in given if not one.is_gold]
+    agreement, standing = rating_agreement(votes), store.standing(batch)
+    assert len(votes) > 12 and standing.num_answers == len(votes)
+    assert (standing.raw_agreement, standing.alpha) == (
+        pytest.approx(agreement.raw),
+        pytest.approx(agreement.alpha),
+    )
+    for one in standing.people:
+        spans = [each.times for each in given if each.person == one.person]
+        seconds = statistics.median(span["submitted_at"] - span["shown_at"] for span in spans)
+        assert one.median_seconds == pytest.approx(seconds)
+        assert one.num_answers + one.num_gold == len(spans)
+
+
+def test_a_standing_takes_in_what_was_written_late_under_an_early_number(
+    sqlite_store: Store, tmp_path: Path, make_items: MakeItems
+) -> None:
+    """As two writers to PostgreSQL may: the event of the lower id is committed after the other was read."""
+    batch = sqlite_store.add_batch("appeal", "Pairs", num_people=1)
+    sqlite_store.add_items(batch, make_items(batch, 2))
+    [person] = people(sqlite_store, 1)
+    for lent in sqlite_store.lend(person, batch, 2):
+        give(sqlite_store, person, lent, {"choice": "tie"})
+    file = sqlite3.connect(tmp_path / "votes.db", isolation_level=None)
+    first = file.execute("SELECT * FROM events ORDER BY id LIMIT 1").fetchone()
+    file.execute("DELETE FROM events WHERE id = ?", first[:1])
+    assert sqlite_store.standing(batch).num_answers == 1
+    file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(first))})", first)
+    file.close()
+    assert sqlite_store.standing(batch).num_answers == 2
 
 
 def test_an_empty_batch_has_a_standing(store: Store) -> None:

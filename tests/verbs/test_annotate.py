@@ -250,11 +250,31 @@ def test_what_add_refuses(capsys) -> None:
     assert "did you mean 'num_people'" in refused(
         capsys, "add", "--question", "screening", "--num_peple", "3"
     )
-    assert opened().batches() == []
     Path("a/00000.png").write_bytes(b"no picture")
     refused(capsys, "add", "--question", "screening", "--a", a)
-    (batch,) = opened().batches()
-    assert not batch.is_open  # nobody is asked about what is not whole
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (("--question", "appeal", "--a", "a"), "needs A and B"),
+        (("--question", "screening", "--a", "a", "--num_people", "0"), "num_people is 0"),
+        (("--question", "verification", "--a", "a"), "has no caption"),
+        (("--question", "verification", "--captions", "Captions"), "no batch 'Captions'"),
+        (("--batch", "Screening", "--a", "a"), "no batch 'Screening'"),
+    ],
+)
+def test_an_add_that_fails_leaves_nothing(capsys, argv: tuple[str, ...], said: str) -> None:
+    write_folder("a", ["red", "blue"])
+    assert said in refused(capsys, "add", *argv)
+    assert not Path("runs").exists()
+    Path("runs/annotation/exports").mkdir(parents=True)
+    refused(capsys, "add", *argv)
+    assert [path.name for path in Path("runs/annotation").iterdir()] == ["exports"]
+    emu("add", "--question", "screening", "--title", "There already", "--a", "a")
+    refused(capsys, "add", *argv)
+    assert [batch.title for batch in opened().batches()] == ["There already"]
 
 
 # --- people and answers -------------------------------------------------------------------------------------
