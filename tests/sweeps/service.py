@@ -195,9 +195,12 @@ class Service:
         return {"project": {"id": "p", "internalId": "1"} if is_known else None}
 
     def _GetProjects(self, asked: dict[str, Any]) -> dict[str, Any]:
-        names = sorted({told["project"] for told in self.runs.values()})
-        nodes = [{"id": name, "name": name, "entityName": asked["entity"]} for name in names]
-        return {"models": {"edges": [{"node": node, "cursor": node["name"]} for node in nodes]}}
+        known = {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+        edges = [
+            {"node": {"id": name, "name": name, "entityName": asked["entity"], **known}, "cursor": name}
+            for name in sorted({told["project"] for told in self.runs.values()})
+        ]
+        return {"models": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}
 
     def _UpsertView2(self, asked: dict[str, Any]) -> dict[str, Any]:
         self.views.append(asked)
@@ -244,7 +247,7 @@ class Service:
             if name == "wandb-history.jsonl":
                 lines = self.history.setdefault(run, {})
                 for number, line in enumerate(part["content"], part["offset"]):
-                    lines[number] = json.loads(line)
+                    lines[number] = json.loads(line, parse_constant=str)  # NaN as the service keeps it
             elif name == "wandb-summary.json":
                 self.summary[run] = json.loads(part["content"][-1])
         if chunk.get("complete"):

@@ -167,7 +167,7 @@ def test_pictures_are_a_table_with_prompts_and_seeds(wandb_service: Service) -> 
         (SIGTERMException(), ["mark_preempting", "finish 1"]),  # the agent begins it again
     ],
 )
-def test_how_a_training_ended_is_told(error: Exception | None, expected: list[str]) -> None:
+def test_how_a_training_ended_is_told(error: BaseException | None, expected: list[str]) -> None:
     told: list[str] = []
 
     class Experiment:
@@ -183,7 +183,7 @@ def test_how_a_training_ended_is_told(error: Exception | None, expected: list[st
         if error is not None:
             raise error
         logger.finalize("success")
-    except Exception:  # as Lightning does
+    except BaseException:  # as Lightning does
         logger.finalize("failed")
     logger.finalize("success")  # there is no run any more
     assert told == expected
