@@ -224,6 +224,13 @@ class Answer:
     claims: Sequence[Answered]
     runs: Sequence[RunRecord]
 
+    @property
+    def measured(self) -> list[Metric]:
+        """Metrics that some run has."""
+        return [
+            metric for metric in self.ablation.metrics if any(metric.name in p.estimates for p in self.points)
+        ]
+
 
 def varied(runs: Sequence[RunRecord]) -> list[str]:
     """Settings in which runs differ, without seeds and places; in the order of the first run's settings."""
@@ -252,7 +259,7 @@ def answers(runs: Sequence[RunRecord]) -> list[Answer]:
         members = [run for run in runs if run.sweep == sweep and run.state == "finished"]
         differing = set(varied(members))
         found += [_answer(each, members) for each in ABLATIONS if differing and differing <= each.keys]
-    return found
+    return [answer for answer in found if answer.points]
 
 
 def _answer(ablation: Ablation, runs: Sequence[RunRecord]) -> Answer:
@@ -262,10 +269,12 @@ def _answer(ablation: Ablation, runs: Sequence[RunRecord]) -> Answer:
     points = []
     for value, members in by_value.items():
         estimates = {
-            metric.name: Estimate.of([run.last[metric.name] for run in members])
+            metric.name: Estimate.of(values)
             for metric in ablation.metrics
-            if all(metric.name in run.last for run in members)
+            if (values := [run.last[metric.name] for run in members if metric.name in run.last])
         }
+        if not estimates:  # killed before it was measured
+            continue
         seconds = [run.seconds for run in members if run.seconds is not None]
         points.append(Point(value, estimates, float(np.mean(seconds)) if seconds else None))
     named = {metric.name: metric for metric in ablation.metrics}

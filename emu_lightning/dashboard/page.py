@@ -150,7 +150,7 @@ def _shown_settings(runs: Sequence[RunRecord]) -> list[str]:
 
 def _answer(answer: Answer) -> list[Html]:
     pieces = [_claims(answer.claims)] if answer.claims else []
-    measured = [metric for metric in answer.ablation.metrics if metric.name in answer.points[0].estimates]
+    measured = answer.measured
     pieces.append(report.columns(*(_chart(answer, metric) for metric in measured[:4])))
     pieces.append(_points(answer, measured))
     return pieces
@@ -178,7 +178,8 @@ def _chart(answer: Answer, metric: Metric) -> Html:
     sources = " and ".join(dict.fromkeys(each.source for each in paper.values()))
     readings = []
     for point in answer.points:
-        estimate = point.estimates[metric.name]
+        if (estimate := point.estimates.get(metric.name)) is None:
+            continue
         singles = [
             run.last[metric.name]
             for run in answer.runs
@@ -201,8 +202,8 @@ def _points(answer: Answer, metrics: Sequence[Metric]) -> Html:
     for metric in metrics:
         heads.append(metric.label)
         for row, point in zip(rows, answer.points, strict=True):
-            estimate = point.estimates[metric.name]
-            row.append(f"{_text(estimate.mean, metric)} ({_interval(estimate, metric)})")
+            estimate = point.estimates.get(metric.name)
+            row.append(f"{_text(estimate.mean, metric)} ({_interval(estimate, metric)})" if estimate else "—")
         if metric.paper:
             heads.append("Emu’s")
             for row, point in zip(rows, answer.points, strict=True):
@@ -233,7 +234,7 @@ def _interval(estimate: Estimate, metric: Metric, is_difference: bool = False) -
 
 
 def _figures(answer: Answer) -> dict[str, Any]:
-    first = next(metric for metric in answer.ablation.metrics if metric.name in answer.points[0].estimates)
+    first = answer.measured[0]
     return {
         "question": answer.ablation.title,
         "varied": answer.ablation.x_label,
@@ -241,7 +242,7 @@ def _figures(answer: Answer) -> dict[str, Any]:
         "points": [
             {
                 "value": point.value,
-                **asdict(point.estimates[first.name]),
+                **(asdict(point.estimates[first.name]) if first.name in point.estimates else {}),
                 "seconds": point.seconds,
                 "metrics": {name: asdict(estimate) for name, estimate in point.estimates.items()},
             }

@@ -105,6 +105,17 @@ def test_an_unfinished_run_counts_for_nothing(channels: Path) -> None:
     assert answer.points[0].estimates["val/psnr"].mean == pytest.approx(24.3)
 
 
+def test_what_a_finished_run_does_not_have_is_left_out(channels: Path) -> None:
+    for seed in range(3):
+        (Path("elsewhere") / f"16-{seed}" / "metrics.csv").write_text("step,train/loss\n9,1.0\n")
+    (Path("elsewhere") / "4-0" / "metrics.csv").write_text("step,val/rfd_random\n9,1.0\n")
+    (answer,) = answers(read_runs(channels))
+    assert [point.value for point in answer.points] == ["4", "8"]
+    assert [point.estimates["val/psnr"].seeds for point in answer.points] == [2, 3]
+    cli.main(["dashboard", "sweep", "--out", "page"])
+    assert "24.30 (" in Path("page/report.html").read_text()
+
+
 def test_runs_that_differ_in_something_else_are_no_ablation(channels: Path) -> None:
     config = yaml.safe_load(Path("elsewhere/4-0/config.yaml").read_text())
     config["model"]["init_args"]["kl_weight"] = 2.0
