@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/sweep_overhead.py --out results/sweep_overhead
 
-Both are commands of their own and take turns. `run` is what the sweep's program takes, from its start to its
-end, over the wall time of the bare command; `once` is what `emu sweep` takes besides, for a whole sweep: it
-reads the file and has the real parser read every value before the first run.
+Both are commands of their own and take turns, each first in every other round. `run` is what the sweep's
+program takes, from its start to its end, over the wall time of the bare command; `once` is what `emu sweep` takes
+besides, for a whole sweep: it reads the file and has the real parser read every value before the first run.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ CONFIGS = MAIN.parent / "configs"
 TRAINING = [f"--config={CONFIGS}/autoencoder/channels.yaml", "--data.pool_size=2000", "--data.val_size=64"]
 
 
-def measure(folder: Path, steps: int) -> dict[str, float]:
+def measure(folder: Path, steps: int, sweep_first: bool) -> dict[str, float]:
     """Seconds of a bare command, of the run of a sweep, and of all of `emu sweep`."""
     options = [*TRAINING, f"--trainer.max_steps={steps}", "--trainer.enable_progress_bar=false"]
-    bare = _timed(
-        ["fit", *options, "--model.autoencoder.latent_channels=4", f"--run_dir={folder}/bare"], folder
-    )
-    file = folder / "one.yaml"
+    bare = ["fit", *options, "--model.autoencoder.latent_channels=4", f"--run_dir={folder}/bare"]
     logged = [f"--config={CONFIGS}/loggers/wandb.yaml", f"--run_dir={folder}/swept/$WANDB_RUN_ID"]
+    file = folder / "one.yaml"
     sweep = {
         "program": str(MAIN),
         "method": "grid",
@@ -46,9 +44,11 @@ def measure(folder: Path, steps: int) -> dict[str, float]:
         "command": ["${env}", "${interpreter}", "${program}", "fit", *options, "${args}", *logged],
     }
     file.write_text(yaml.safe_dump(sweep))
-    whole = _timed(["sweep", str(file), f"--out={folder}/sweep"], folder)
+    commands = {"bare": bare, "sweep": ["sweep", str(file), f"--out={folder}/sweep"]}
+    order = sorted(commands, reverse=sweep_first)  # "bare" is before "sweep"
+    seconds = {name: _timed(commands[name], folder) for name in order}
     (run,) = json.loads((folder / "sweep" / "sweep.json").read_text())["runs"]
-    return {"bare": bare, "run": run["seconds"], "sweep": whole}
+    return seconds | {"run": run["seconds"]}
 
 
 def _timed(arguments: list[str], folder: Path) -> float:
@@ -83,13 +83,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=300, help="of a training")
     args = parser.parse_args()
     rounds = []
-    for _ in range(args.rounds):
+    for index in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            rounds.append(measure(Path(folder), args.steps))
+            rounds.append(measure(Path(folder), args.steps, sweep_first=index % 2 == 0))
         print(rounds[-1], flush=True)
     command = (
         f"python benchmarks/sweep_overhead.py --out {args.out} --rounds {args.rounds} --steps {args.steps}"
