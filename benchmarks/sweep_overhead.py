@@ -4,7 +4,8 @@
 
 Both are commands of their own and take turns, each first in every other round. `run` is what the sweep's
 program takes, from its start to its end, over the wall time of the bare command; `once` is what `emu sweep`
-takes besides, for a whole sweep: it reads the file and has the real parser read every value before the first run.
+takes besides, for a whole sweep: it reads the file and has the real parser read every value before the first
+run.
 """
 
 from __future__ import annotations
