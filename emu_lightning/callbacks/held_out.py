@@ -104,6 +104,7 @@ class HeldOutEvaluation(Callback):
         self.scorer, self.at_steps = scorer, frozenset(at_steps)
         self.batch_size, self.num_shown = batch_size, num_shown
         self._drawn_step = 0
+        self._has_start = False  # its pictures stay the same, and its weights may be large
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -171,7 +172,9 @@ class HeldOutEvaluation(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, name: str, is_kept: bool) -> None:
         columns = {"picture": name}
         if isinstance(pl_module, Tunes):
-            self._draw(trainer, pl_module.load_start(), "start", {"init_from": str(pl_module.init_from)})
+            if not self._has_start:
+                self._draw(trainer, pl_module.load_start(), "start", {"init_from": str(pl_module.init_from)})
+                self._has_start = True
             columns = {"start": "start", "tuned": name}
         if not trainer.is_global_zero:
             return
@@ -179,13 +182,7 @@ class HeldOutEvaluation(Callback):
         num = self.num_shown
         shown = {column: each[:num] for column, each in drawn.items()}
         show(trainer, "held_out/pictures", self.prompts[:num], self.seeds[:num], shown)
-        values: dict[str, float] = {}
-        details: dict[str, Any] = {}
-        if self.scorer is not None:
-            values, details = self._judge(self.scorer, drawn)
-        if self.embedder is not None:
-            details["diversity_by_prompt"] = self._diversity(self.embedder, trainer, name)
-            values["diversity"] = float(np.mean(details["diversity_by_prompt"]))
+        values, details = self._measure(trainer, name, drawn)
         if not values:
             return
         # A step further on at the end: the metrics file of a run that is begun again keeps what came before.
@@ -195,19 +192,23 @@ class HeldOutEvaluation(Callback):
         results = _folder(trainer) / RESULTS
         known = json.loads(results.read_text()) if results.is_file() else {}
         if "start" in drawn and "start" not in known:
-            known["start"] = self._start(trainer, drawn["start"])
+            start, by_prompt = self._measure(trainer, "start", {"picture": drawn["start"]})
+            known["start"] = {"step": 0, **start, **by_prompt}
         known |= {name: {"step": trainer.global_step, **values, **details}, "kept": name}
         write_whole(results, json.dumps(known, indent=1) + "\n")
 
-    def _start(self, trainer: Trainer, pictures: Pictures) -> dict[str, Any]:
-        """What later stops are compared with, by itself."""
-        entry: dict[str, Any] = {"step": 0}
+    def _measure(
+        self, trainer: Trainer, name: str, drawn: dict[str, Pictures]
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Plain values, and what there is to read about them; none without a scorer and an embedder."""
+        values: dict[str, float] = {}
+        details: dict[str, Any] = {}
         if self.scorer is not None:
-            entry |= self._judge(self.scorer, {"picture": pictures})[0]
+            values, details = self._judge(self.scorer, drawn)
         if self.embedder is not None:
-            entry["diversity_by_prompt"] = self._diversity(self.embedder, trainer, "start")
-            entry["diversity"] = float(np.mean(entry["diversity_by_prompt"]))
-        return entry
+            details["diversity_by_prompt"] = self._diversity(self.embedder, trainer, name)
+            values["diversity"] = float(np.mean(details["diversity_by_prompt"]))
+        return values, details
 
     def _diversity(self, embedder: Embedder, trainer: Trainer, name: str) -> list[float]:
         """Of each varied prompt."""

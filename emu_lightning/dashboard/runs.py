@@ -109,8 +109,20 @@ def read_run(
     state: State | None = None,
     seconds: float | None = None,
 ) -> RunRecord:
-    """The run in a folder of `emu fit`."""
+    """The run in a folder of `emu fit`.
+
+    Raises:
+        ValueError: a file of it is damaged.
+    """
     folder = Path(folder)
+    try:
+        return _run(folder, name, sweep, state, seconds)
+    except (ValueError, KeyError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} has a damaged file ({reason}): mend it, or leave the run out") from error
+
+
+def _run(folder: Path, name: str | None, sweep: str, state: State | None, seconds: float | None) -> RunRecord:
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     curves = {key: curve for file in CURVES for key, curve in _curves(folder / file).items()}
     finished = json.loads((folder / FINISHED).read_text()) if (folder / FINISHED).is_file() else None

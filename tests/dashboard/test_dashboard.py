@@ -267,6 +267,7 @@ def test_the_page_says_what_the_figures_say(
     [
         (["nowhere"], "nowhere is no folder: name folders of runs, or wandb:ENTITY/PROJECT"),
         (["empty"], "empty holds no run"),
+        (["broken"], "broken has a damaged file ("),
         ([], "runs"),
         (["empty", "--outt", "x"], "'outt' is not an option; did you mean 'out'?"),
     ],
@@ -275,6 +276,8 @@ def test_what_cannot_be_shown_is_one_line(
     in_tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     Path("empty").mkdir()
+    broken = write_run(Path("broken"), {}, [(9, {"train/loss": 1.0})])
+    (broken / "finished.json").write_text('{"step": 1')
     with pytest.raises(SystemExit) as exit_:
         cli.main(["dashboard", *arguments])
     error = capsys.readouterr().err.strip()
