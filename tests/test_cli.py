@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 from emu_lightning import cli
+from emu_lightning.verbs import train
 from emu_lightning.verbs.arguments import call
 
 ROOT = Path(__file__).parent.parent
@@ -371,6 +373,17 @@ def test_validating_a_run_leaves_its_history_alone(capsys, in_tmp_path) -> None:
 def test_a_trial_run_leaves_nothing(in_tmp_path) -> None:
     fit("--trainer.fast_dev_run=2")
     assert not list(in_tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("computes", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_mixed_precision_gives_way_on_a_cpu_that_has_none(
+    computes, precision, monkeypatch, caplog, in_tmp_path
+) -> None:
+    monkeypatch.setattr(train, "computes_bfloat16", lambda: computes)
+    with caplog.at_level(logging.INFO):
+        fit("--trainer.max_steps=1", "--trainer.precision=bf16-mixed")
+    assert yaml.safe_load(Path("runs/unnamed/config.yaml").read_text())["trainer"]["precision"] == precision
+    assert ("trainer.precision is 32-true" in caplog.text) == (not computes)
 
 
 def test_loggers_and_callbacks_of_the_config_stand_beside_ours(in_tmp_path) -> None:

@@ -104,7 +104,13 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         step = trainer.global_step
         due = step % self.every_n_train_steps == 0 or step in self.keep_steps
-        if due and step != self._saved_step:  # with accumulated gradients a step has several batches
+        # With accumulated gradients a step has several batches. The last step waits for its validation:
+        # Lightning makes none where it resumes at the end.
+        if due and step not in (self._saved_step, trainer.max_steps):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._saved_step:
             self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

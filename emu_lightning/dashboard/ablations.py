@@ -1,4 +1,4 @@
-"""The paper's three ablations: what is varied, what is measured, what the paper reports, which trend it saw.
+"""The ablations: what is varied, what is measured, what the paper reports, which trend it saw.
 
 Every figure of the paper (Emu, arXiv 2309.15807) says whether it is in its text or recalled.
 """
@@ -97,6 +97,8 @@ class Ablation:
         x_label: what is varied.
         keys: settings in which the runs differ, besides seeds.
         value: what a run has of it, as the paper's figures name it.
+        wandb_key: what tells the runs apart in W&B's config: below ``cli`` is what `emu fit` resolved, beside
+            it what a sweep sets.
         metrics: from the most to the least important.
         claims: the paper's.
         caveat: what the reader has to know about the figures.
@@ -107,6 +109,7 @@ class Ablation:
     x_label: str
     keys: frozenset[str]
     value: Callable[[Mapping[str, Any]], str]
+    wandb_key: str
     metrics: Sequence[Metric]
     claims: Sequence[Claim]
     caveat: str
@@ -115,6 +118,12 @@ class Ablation:
 def _channels(config: Mapping[str, Any]) -> str:
     fourier = " + Fourier" if config["model.autoencoder.fourier_frequencies"] else ""
     return f"{config['model.autoencoder.latent_channels']}{fourier}"
+
+
+def _autoencoders_channels(config: Mapping[str, Any]) -> str:
+    """Of a generator: what its autoencoder's input was only that one's folder says."""
+    fourier = " + Fourier" if "fourier" in config["model.autoencoder.folder"] else ""
+    return f"{config['model.denoiser.in_channels']}{fourier}"
 
 
 def _recalled(values: Mapping[str, float]) -> dict[str, Reported]:
@@ -166,6 +175,7 @@ CHANNELS = Ablation(
     "latent channels",
     frozenset({"model.autoencoder.latent_channels", "model.autoencoder.fourier_frequencies"}),
     _channels,
+    "config",  # a file for each number of channels, and one with Fourier features
     [PSNR, SSIM, RFID, RFD, PERCEPTUAL],
     [
         Claim(f"{more} channels over {fewer}: {metric.label} {way}", metric.name, {more: 1.0, fewer: -1.0})
@@ -175,12 +185,28 @@ CHANNELS = Ablation(
     "One autoencoder for each number of channels and seed, at equal steps; held-out pictures.",
 )
 
+GENERATION = Ablation(
+    "channels_generation",
+    "What do latent channels do for the generator that learns on them?",
+    "latent channels",
+    frozenset({"model.autoencoder.folder", "data.latents_from", "model.denoiser.in_channels"}),
+    _autoencoders_channels,
+    "config",
+    [
+        Metric("held_out/faithfulness", "facts of a prompt that are shown", unit="%"),
+        Metric("held_out/appeal", "appeal"),
+    ],
+    [],
+    "Not measured in the paper. One U-Net for each autoencoder and seed, at equal steps; held-out prompts.",
+)
+
 SET_SIZE = Ablation(
     "set_size",
     "How many superb pictures does quality-tuning need?",
     "pictures tuned on",
     frozenset({"data.subset_size"}),
     lambda config: str(config["data.subset_size"]),
+    "cli.data.init_args.subset_size",
     [APPEAL, FAITHFULNESS, WINS],
     [
         Claim("100 pictures already help", APPEAL.name, {"100": 1.0, "0": -1.0}),
@@ -194,7 +220,7 @@ SET_SIZE = Ablation(
     "another random set. Each run stopped where evaluation on other prompts chose.",
 )
 
-ABLATIONS = (CHANNELS, SET_SIZE)
+ABLATIONS = (CHANNELS, GENERATION, SET_SIZE)
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,9 @@ class View:
     setting: str | None = None
 
 
-# What tells the runs of an ablation apart.
-SETTINGS = {
-    "channels": "config",  # the sweep's: a file for each number of channels, and one with Fourier features
-    "set_size": "cli.data.init_args.subset_size",
-}
 HELD_OUT = tuple(f"held_out/{name}" for name in MEASURES)
 ABLATION_VIEWS = (
-    *(
-        View(each.title, tuple(metric.name for metric in each.metrics), SETTINGS[each.key])
-        for each in ABLATIONS
-    ),
+    *(View(each.title, tuple(metric.name for metric in each.metrics), each.wandb_key) for each in ABLATIONS),
     View("Where should tuning stop?", (*HELD_OUT, *LOSSES)),
 )
 CURVE_VIEWS = (
@@ -46,7 +38,11 @@ CURVE_VIEWS = (
 )
 MEDIA = ("held_out/pictures", "samples")
 # What a run is described by beside its results: config keys, then last values.
-COORDINATES = ("cli.seed_everything", *SETTINGS.values(), "cli.data.init_args.subset_seed")
+COORDINATES = (
+    "cli.seed_everything",
+    *dict.fromkeys(each.wandb_key for each in ABLATIONS),
+    "cli.data.init_args.subset_seed",
+)
 RESULTS = ("val/psnr", "val/rfd_random", *HELD_OUT)
 
 

@@ -21,11 +21,13 @@ from argparse import ArgumentError, ArgumentTypeError
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from emu_lightning import data, modules  # noqa: F401  # so that --model=AutoencoderModule needs no longer path
@@ -72,6 +74,11 @@ class RunConfig(SaveConfigCallback):
         write_whole(Path(trainer.default_root_dir) / name, text)
         for logger in trainer.loggers:
             logger.log_hyperparams({"cli": yaml.safe_load(text)})
+
+
+def computes_bfloat16() -> bool:
+    """Whether torch has fast kernels for it on this CPU; x86 before AVX-512 has none."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def run_folder(path: str) -> str:
@@ -135,6 +142,17 @@ class EmuCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing, where Lightning puts a checkpoint's hyper-parameters and class over the config."""
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand].trainer
+        on_cpu = trainer.accelerator == "cpu" or (
+            trainer.accelerator == "auto" and not torch.accelerator.is_available()
+        )
+        if on_cpu and trainer.precision == "bf16-mixed" and not computes_bfloat16():
+            trainer.precision = "32-true"
+            rank_zero_info(
+                "emu: trainer.precision is 32-true, not bf16-mixed, which is tens of times slower on this CPU"
+            )
 
     def instantiate_classes(self) -> None:
         try:

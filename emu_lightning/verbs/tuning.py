@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from emu_lightning.files import write_whole
 from emu_lightning.verbs.recipes import Recipe, Stage
 
@@ -188,15 +190,17 @@ def judge(run: Path, base: Path, prompts: Sequence[str], device: str) -> Judged:
     scorer = JudgeOnce()
     pictures, figures = {}, {}
     where = torch_device(device)
+    # As tuning drew when it chose where to stop.
+    precision = yaml.safe_load((run / "tuning" / "config.yaml").read_text())["trainer"]["precision"]
     for name, path in {"base": base, "tuned": run / "tuning" / "chosen"}.items():
         generator = load_generator(path).to(where).eval()
-        with torch.autocast(where.type, torch.bfloat16):  # as tuning drew when it chose where to stop
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             pictures[name] = generate_folder(
                 generator,
                 prompts,
                 range(len(prompts)),
                 run / name,
-                settings={"weights": weights_sha256(path), "precision": "bf16-mixed"},
+                settings={"weights": weights_sha256(path), "precision": precision},
                 description=f"pictures of {name}",
             )
         figures[name] = share_all_three(read_all(pictures[name], f"reading {name}", scorer), list(prompts))

@@ -111,3 +111,39 @@ def test_gradients_half_accumulated_are_not_saved(tmp_path: Path) -> None:
     saved = torch.load(last_checkpoint(tmp_path), weights_only=True)
     batches_done = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
     assert (saved["global_step"], batches_done) == (1, 2)
+
+
+def test_the_last_validation_is_made_again_where_it_was_cut_short(tmp_path: Path) -> None:
+    """Told to end in the middle of it, a run that is finished later has its final metrics."""
+
+    def fit(is_cut_short: bool, ckpt_path: Path | None = None) -> list[int]:
+        validated: list[int] = []
+
+        def validation_step(*_: Any) -> None:
+            if is_cut_short and trainer.global_step == 6:
+                raise SIGTERMException
+            validated.append(trainer.global_step)
+
+        module = tiny_generator()
+        module.validation_step = validation_step  # type: ignore[method-assign]
+        trainer = make_trainer(
+            tmp_path,
+            max_steps=6,
+            val_check_interval=3,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1,
+            callbacks=[RunCheckpoint(every_n_train_steps=2, keep_steps=[6])],
+            enable_checkpointing=True,
+        )
+        trainer.fit(module, TinyData(), ckpt_path=ckpt_path, weights_only=True)
+        assert trainer.global_step == 6
+        return validated
+
+    last = last_checkpoint(tmp_path)
+    with pytest.raises(SIGTERMException):
+        fit(is_cut_short=True)
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert fit(is_cut_short=False, ckpt_path=last) == [6]
+    kept = last.with_name("step-6.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 6 and kept.is_file()
+    assert fit(is_cut_short=False, ckpt_path=last) == []  # what is finished stays so

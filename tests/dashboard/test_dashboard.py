@@ -123,6 +123,34 @@ def test_runs_that_differ_in_something_else_are_no_ablation(channels: Path) -> N
     assert answers(read_runs(channels)) == []
 
 
+def test_generators_are_compared_by_their_autoencoders(in_tmp_path: Path) -> None:
+    shown = {(8, "8"): (0.6, 0.7), (16, "16"): (0.5, 0.9), (16, "16_fourier"): (0.3, 0.4)}
+    runs = []
+    for (channels, name), values in shown.items():
+        folder = f"runs/autoencoder_{name}/pretrained"
+        model = {
+            "autoencoder": {"class_path": "m.load_autoencoder", "init_args": {"folder": folder}},
+            "denoiser": {"class_path": "m.UNet", "init_args": {"in_channels": channels}},
+        }
+        settings = {
+            "model": {"class_path": "m.DiffusionModule", "init_args": model},
+            "data": {"class_path": "d.Data", "init_args": {"latents_from": folder}},
+        }
+        for seed, share in enumerate(values):
+            config = {"seed_everything": seed, **settings}
+            runs.append(
+                write_run(Path("all") / f"{name}-{seed}", config, [(9, {"held_out/faithfulness": share})])
+            )
+    (answer,) = answers(read_runs(write_sweep(Path("sweep"), runs)))
+    assert answer.ablation.key == "channels_generation" and not answer.claims
+    assert {p.value: p.estimates["held_out/faithfulness"].mean for p in answer.points} == pytest.approx(
+        {"8": 0.65, "16": 0.7, "16 + Fourier": 0.35}
+    )
+    cli.main(["dashboard", "sweep", "--out", "page"])
+    page = Path("page/report.html").read_text()
+    assert answer.ablation.title in page and "65.0" in page
+
+
 def test_settings_lie_under_what_they_are_for() -> None:
     config = {
         "model": {"class_path": "m.M", "init_args": {"a": {"class_path": "n.N", "init_args": {"x": 1}}}}

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 
 from emu_lightning import cli
 from emu_lightning.callbacks import HeldOutEvaluation, SampleGrid, Throughput
-from emu_lightning.dashboard.ablations import ABLATIONS
+from emu_lightning.dashboard.ablations import ABLATIONS, CHANNELS, SET_SIZE
 from emu_lightning.dashboard.workspace import build_report, build_workspace, save_views
 from emu_lightning.models import RandomFeatures
 from emu_lightning.modules import QualityTuningModule
@@ -73,7 +73,7 @@ def test_sections_are_those_of_the_page(sections: dict[str, list[dict[str, Any]]
     assert list(sections) == [
         *titles, "Where should tuning stop?", "Pictures", "Runs", "Loss", "Throughput",
     ]  # fmt: skip
-    channels, set_size = (sections[title] for title in titles[:2])
+    channels, set_size = (sections[each.title] for each in (CHANNELS, SET_SIZE))
     for kind in ("Run History Line Plot", "Bar Chart"):
         by_channels = {"val/psnr", "val/ssim", "val/rfd_random", "val/perceptual_random"}
         assert by_channels <= plots(channels, kind).keys()
