@@ -167,7 +167,7 @@ WINS = Metric(
     paper_is="against SDXL, by people; ours are against the base itself",
 )
 
-_STEPS = (("8", "4"), ("16", "8"), ("16 + Fourier", "16"))
+_STEPS = (("16", "4"), ("8", "4"), ("16", "8"), ("16 + Fourier", "16"))
 
 CHANNELS = Ablation(
     "channels",
