@@ -408,7 +408,14 @@ def start_slow_fit(folder: Path, *options: str) -> subprocess.Popen[str]:
     argv = [sys.executable, str(ROOT / "main.py"), "fit", *TOY, *QUIET, "--run_dir=runs/a", *slow, *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        argv,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Whoever started the tests in a shell's background has given them a deaf ear to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 120
     while not (folder / "runs/a/checkpoints/last.ckpt").exists():
