@@ -16,7 +16,7 @@ help:
 	@echo "make generators   the same for every carried model, on one page: runs/generators/report.html"
 	@echo "make miniature    make the carried model again, from nothing (at most 90 minutes on two cores);"
 	@echo "                  another one: make miniature ARGS='--recipe pixel' (or masked)"
-	@echo "make test         all tests (20 minutes on two cores busy with other work)"
+	@echo "make test         all tests (20 to 30 minutes on two cores)"
 	@echo "make unit         the quick tests (under 90 seconds)"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make clean        remove .venv and caches; runs/ stays"
