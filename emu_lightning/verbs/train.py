@@ -151,7 +151,7 @@ class EmuCLI(LightningCLI):
         if on_cpu and trainer.precision == "bf16-mixed" and not computes_bfloat16():
             trainer.precision = "32-true"
             rank_zero_info(
-                "emu: trainer.precision is 32-true, not bf16-mixed, which is tens of times slower on this CPU"
+                "emu: trainer.precision is 32-true, not bf16-mixed, which this CPU emulates many times slower"
             )
 
     def instantiate_classes(self) -> None:
